@@ -1,0 +1,1 @@
+"""From a DICOM archive to the catalog and the cache."""

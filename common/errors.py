@@ -1,0 +1,88 @@
+"""The error tree of rin: every error carries a code that may leave a site and a next step for the operator.
+
+    RinError
+    ├── ConfigError      plan.toml, site.toml, a command's arguments
+    ├── RefusedError     a site or the coordinator says no, with one of CODES
+    ├── TransferError    weights or updates did not travel
+    └── StateError       a directory of rin is not in the state that the command needs
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# The only words about a failure that may leave a site. The text beside a code is shown at the place where it is
+# known; it never travels.
+CODES: Final[dict[str, str]] = {
+    "bad-request": "the request could not be read, or its protocol number is another one",
+    "bad-weights": "the global weights do not match their digest or the plan's layout",
+    "base-conflict": "this round was already trained from other weights",
+    "cancelled": "the coordinator or the operator cancelled the round",
+    "deadline": "the round's deadline passed before training ended",
+    "disk-full": "no space is left on the device",
+    "egress-refused": "the egress gate refused the update",
+    "internal": "an unexpected fault; the trace is in the log of the place where it happened",
+    "labels-mismatch": "the label set of the plan is not the one installed here",
+    "memory": "the device ran out of memory",
+    "no-data": "the catalog holds no training image for the declared labels",
+    "not-finite": "training gave NaN or infinite weights",
+    "plan-not-accepted": "no person at the site has accepted this plan",
+    "policy": "the plan is outside the site's policy",
+    "round-old": "the round is older than one that was already trained",
+    "trainer-away": "the trainer at the site does not answer",
+    "transfer": "weights or update did not travel; the request may be repeated",
+    "update-duplicate": "the site already has a receipt for this round",
+    "update-header": "the file's header is not the plan's",
+    "update-labels": "the site's declared labels changed during the run",
+    "update-length": "the file's length is not the plan's",
+    "update-manifest": "the manifest does not fit the request",
+    "update-not-finite": "the update holds NaN or infinite values",
+    "update-signature": "the manifest's signature is not the site's",
+    "update-stranger": "the sender is not a member",
+}
+
+
+class RinError(Exception):
+    """Base of all errors that an operator sees.
+
+    Args:
+        message: what is wrong, for the place where it happens; never sent elsewhere.
+        step: the next step for the operator, an imperative sentence.
+        code: one of `CODES`; the only part that may leave a site.
+    """
+
+    def __init__(self, message: str, *, step: str = "", code: str = "internal") -> None:
+        super().__init__(message)
+        self.message = message
+        self.step = step
+        self.code = code if code in CODES else "internal"
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  next: {self.step}" if self.step else self.message
+
+
+class ConfigError(RinError):
+    """A configuration file or an argument is wrong."""
+
+
+class RefusedError(RinError):
+    """One side refuses; `code` says why in one of `CODES`."""
+
+    def __init__(self, code: str, message: str = "", *, step: str = "") -> None:
+        super().__init__(message or CODES.get(code, code), step=step, code=code)
+
+
+class TransferError(RinError):
+    """Weights or an update did not travel; the transfer may be tried again.
+
+    Args:
+        retry: whether the same transfer may succeed later (a cut link, a full queue) or not (a refusal).
+    """
+
+    def __init__(self, message: str, *, step: str = "", code: str = "transfer", retry: bool = True) -> None:
+        super().__init__(message, step=step, code=code)
+        self.retry = retry
+
+
+class StateError(RinError):
+    """A directory of rin is not in the state that the command needs."""

@@ -1,0 +1,1 @@
+"""Scores checkpoints on downstream tasks."""
