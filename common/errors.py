@@ -1,10 +1,10 @@
 """The error tree of rin: every error carries a code that may leave a site and a next step for the operator.
 
-    RinError
-    ├── ConfigError      plan.toml, site.toml, a command's arguments
-    ├── RefusedError     a site or the coordinator says no, with one of CODES
-    ├── TransferError    weights or updates did not travel
-    └── StateError       a directory of rin is not in the state that the command needs
+RinError
+├── ConfigError      plan.toml, site.toml, a command's arguments
+├── RefusedError     a site or the coordinator says no, with one of CODES
+├── TransferError    weights or updates did not travel
+└── StateError       a directory of rin is not in the state that the command needs
 """
 
 from __future__ import annotations
