@@ -1,0 +1,153 @@
+"""plan.toml: what a consortium agreed on; the same bytes everywhere, named by their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, model_validator
+
+from rin.common.errors import ConfigError
+from rin.common.labels import label_set_digest
+from rin.common.settings import Table, parse_toml
+
+PROTOCOL: Final = 1
+SITE_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,32}")
+
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,32}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[float, Field(gt=0)]
+MetricName = Literal["loss", "top1", "top5", "images"]
+
+
+class Model(Table):
+    """The network that every site trains."""
+
+    backbone: Literal["resnet18", "resnet50"] = "resnet50"
+    norm: Literal["batch"] = "batch"
+    image_size: Annotated[int, Field(ge=32, le=512)] = 224  # pixels a side that the network sees
+    normalisation: Literal["symmetric", "imagenet"] = "symmetric"  # see rin.common.backbones.NORMALISATIONS
+    target: Literal["single", "multi"] = "single"  # softmax over declared labels, or one sigmoid a label
+
+
+class Training(Table):
+    """One round at a site."""
+
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000)]  # optimizer steps a site and round
+    batch_size: Annotated[int, Field(ge=1, le=65_536)]
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # sgd only
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["constant", "cosine"] = "cosine"  # over all rounds, not within one
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # of the whole federated run
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Strategy(Table):
+    """How updates become the next global weights; see rin.server.strategies.STRATEGIES."""
+
+    name: Literal["fedavg", "fedavgm", "fedadam", "fedprox"] = "fedavg"
+    server_learning_rate: Positive = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # fedavgm only
+    mu: Annotated[float, Field(ge=0)] = 0.0  # fedprox only: weight of the proximal term
+
+
+class Limits(Table):
+    """What a round accepts."""
+
+    min_sites: Annotated[int, Field(ge=1)] = 3  # no aggregate, and no head row, of fewer sites is released (threat T8)
+    quorum: Annotated[int, Field(ge=1)] = 3  # fewer counted updates fail the round aloud
+    deadline_s: Positive = 86_400.0  # of one round, a duration
+    retries: Annotated[int, Field(ge=0)] = 2  # how often a site's own failure in a round is asked again
+    max_update_norm: Positive = 1e4  # L2 over the parameters; larger updates are clipped to it
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.6  # largest share of one site in an aggregate
+
+
+class Privacy(Table):
+    """The mechanism that protects patients. Private training is not in this release: `none` is the only mode."""
+
+    mode: Literal["none"] = "none"
+
+
+class Bench(Table):
+    """What the coordinator scores."""
+
+    tasks: tuple[str, ...] = ()
+    seeds: Annotated[int, Field(ge=1, le=100)] = 3
+
+
+class Retention(Table):
+    """What stays on the coordinator's disk."""
+
+    receipts: Literal["delete", "keep"] = "delete"  # once the aggregate is on disk; digests always stay
+    checkpoints: Annotated[int, Field(ge=1)] = 3  # newest rounds kept beside the last
+
+
+class Plan(Table):
+    """The whole plan.
+
+    Raises (through `read_plan`):
+        ConfigError: with every fault of the file at once.
+    """
+
+    protocol: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9 ._-]{1,64}$")]
+    label_set: Digest
+    sites: dict[SiteName, Positive]  # site name to its public weight
+    metrics: tuple[MetricName, ...] = ("loss", "top1", "top5", "images")
+    model: Model = Model()
+    training: Training
+    strategy: Strategy = Strategy()
+    limits: Limits = Limits()
+    privacy: Privacy = Privacy()
+    bench: Bench = Bench()
+    retention: Retention = Retention()
+
+    @model_validator(mode="after")
+    def _rules_between_keys(self) -> Plan:
+        if self.label_set != label_set_digest():
+            raise ValueError(f"label-set: this release holds label set {label_set_digest()}, got {self.label_set}")
+        if len({site.lower() for site in self.sites}) != len(self.sites):
+            raise ValueError("sites: names must differ in more than their case")
+        if not self.sites:
+            raise ValueError("sites: name at least one site")
+        if self.limits.quorum > len(self.sites):
+            raise ValueError(f"limits.quorum: {self.limits.quorum} of {len(self.sites)} sites can never be reached")
+        if self.limits.min_sites > self.limits.quorum:
+            raise ValueError("limits.quorum: must be at least limits.min-sites")
+        return self
+
+
+def parse_plan(data: bytes, *, name: str = "plan.toml") -> Plan:
+    """Plan from the bytes of a plan file.
+
+    Raises:
+        ConfigError: every fault at once.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name}: not UTF-8 text", step="save it as UTF-8") from None
+    return parse_toml(text, Plan, name=name)
+
+
+def plan_digest(data: bytes) -> str:
+    """Hex SHA-256 of the plan file's bytes: the name that sites pin and messages carry."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_plan(path: Path) -> tuple[Plan, bytes]:
+    """The plan at `path` and its exact bytes.
+
+    Raises:
+        ConfigError: missing or wrong.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing", step="run `rin-server init`, or copy deploy/plan.example.toml") from None
+    return parse_plan(data, name=path.name), data
