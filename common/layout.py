@@ -1,4 +1,4 @@
-"""The layout of a weight file: a safetensors file whose header is a function of the plan, so it is compared, not parsed.
+"""The layout of a weight file: safetensors whose header is a function of the plan, so it is compared, not parsed.
 
 All tensors are float32 in code-point order of their names, with empty metadata. Digests are over the tensor bytes, the
 part after the header (reference: safetensors file format: 8 bytes little-endian header length, JSON header, data).

@@ -149,5 +149,5 @@ def read_plan(path: Path) -> tuple[Plan, bytes]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"{path} is missing", step="run `rin-server init`, or copy deploy/plan.example.toml") from None
+        raise ConfigError(f"{path} is missing", step="run `rin-server init` or copy deploy/plan.example.toml") from None
     return parse_plan(data, name=path.name), data

@@ -1,4 +1,5 @@
-"""What crosses between site and coordinator beside the weights: request, manifest, reply; canonical JSON, strict models.
+"""What crosses between site and coordinator beside the weights: request, manifest, reply; canonical JSON, strict.
+
 
 Nothing here does I/O. The words are those of DESIGN: a request names one site's work in one round; a manifest is the
 site's signed statement about one update.
