@@ -1,0 +1,205 @@
+"""rin-client: join a consortium, accept a plan, ingest the archive, run the agent, look at its state."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rin.client.home import Home, default_root
+from rin.common.errors import ConfigError
+from rin.common.terminal import confirm, progress_printer, run_app, version_option
+
+if TYPE_CHECKING:
+    from rin.client.ingest.pipeline import IngestReport
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", help="The site's directory. Default: RIN_HOME, else ~/.rin.", show_default=False),
+]
+SiteOption = Annotated[str | None, typer.Option("--site", help="The site's name, checked against the home's.")]
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=version_option, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """The agent at one imaging site."""
+
+
+def _home(home: Path | None) -> Home:
+    return Home((home or default_root()).expanduser().resolve())
+
+
+@app.command()
+def join(
+    invite: Annotated[Path, typer.Argument(help="SITE.invite from the coordinator.")],
+    home: HomeOption = None,
+    site: SiteOption = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="The invite's fingerprint, as the coordinator read it out by phone.")
+    ] = None,
+    renew: Annotated[bool, typer.Option("--renew", help="Make new keys for a site that has joined before.")] = False,
+) -> None:
+    """Make this site's keys and write SITE.join to send back."""
+    from rin.client import join as joining
+
+    shown = joining.invite_fingerprint(invite)
+    if fingerprint is None:
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                "nobody is here to compare fingerprints",
+                step="ask the coordinator by phone and pass --fingerprint; the invite's own is not proof",
+            )
+        typer.echo(f"fingerprint of the invite: {shown}")
+        confirm("Does the coordinator read out the same one by phone?", yes=False)
+        fingerprint = shown
+    target = joining.join(_home(home), invite, site=site, fingerprint=fingerprint, renew=renew)
+    typer.echo(f"wrote {target}")
+    typer.echo(f"fingerprint of this site: {joining.join_fingerprint(target)}")
+    typer.echo("next: send the file to the coordinator, read the fingerprint out by phone, then edit site.toml:")
+    typer.echo(f"      {_home(home).site_toml}")
+
+
+@app.command()
+def accept(
+    plan: Annotated[Path, typer.Argument(help="plan.toml, or the SITE.invite that holds it.")],
+    home: HomeOption = None,
+    by: Annotated[str | None, typer.Option(help="Who agrees, for the record at the site.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree without being asked.")] = False,
+) -> None:
+    """A person at the site agrees to a plan; the trainer refuses every other one."""
+    from rin.client import join as joining
+
+    data = joining.plan_bytes(plan)
+    for key, value in joining.plan_summary(data):
+        typer.echo(f"  {key:<22}{value}")
+    confirm("Agree to this plan for this site?", yes=yes)
+    name = by or typer.prompt("Your name, for the record")
+    digest = joining.accept(_home(home), data, by=name)
+    typer.echo(f"accepted plan {digest}")
+
+
+@app.command()
+def ingest(
+    home: HomeOption = None,
+    site: SiteOption = None,
+    root: Annotated[
+        list[Path] | None, typer.Option("--root", help="An archive folder; may be given again.", show_default=False)
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV: which image carries which local label.")] = None,
+    mapping: Annotated[Path | None, typer.Option(help="CSV: local label to RadImageNet label.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show path and reason of every refused file, on this terminal only.")
+    ] = False,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(help="Write a PNG of ingested images for a human to look at (patient data!).")
+    ] = None,
+) -> None:
+    """Read the DICOM archive into catalog and cache; what is known is skipped, so it may be stopped at any time."""
+    from rin.client import site as sites
+    from rin.client.ingest import pipeline
+
+    here = _home(home)
+    settings = sites.read_site(here) if here.site_toml.is_file() else None
+    if settings is not None and site is not None and site != settings.site:
+        raise ConfigError(f"this home belongs to site {settings.site}, not {site}", step="check --home and --site")
+    name = site or (settings.site if settings else None)
+    roots = root or list(settings.archive.roots if settings else ())
+    if name is None or not roots:
+        raise ConfigError("no site name or no archive folder", step="pass --site and --root, or fill site.toml")
+    if explain:
+        for path, reason in pipeline.explain(here, roots):
+            typer.echo(f"{reason}\t{path}")
+        return
+    show = progress_printer("ingest, files")
+    report = pipeline.ingest(
+        here,
+        site=name,
+        roots=roots,
+        labels=labels or (settings.archive.labels if settings else None),
+        mapping=mapping or (settings.archive.mapping if settings else None),
+        progress=lambda state: show(state.files, state.total),
+    )
+    if contact_sheet is not None:
+        pipeline.contact_sheet(here, contact_sheet)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), sort_keys=True))
+    else:
+        _print_report(report, contact_sheet)
+
+
+def _print_report(report: IngestReport, sheet: Path | None) -> None:
+    typer.echo(f"{report.files} files, {report.accepted} images accepted, {report.seconds:.1f} s")
+    for title, counts in (("refused", report.refused), ("labels", report.labels), ("unmapped", report.unmapped)):
+        for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+            typer.echo(f"  {title:<9}{count:>8}  {name}")
+    if report.refused:
+        typer.echo("next: `rin-client ingest --explain` shows the paths behind the reasons, on this terminal only")
+    if sheet is not None:
+        typer.echo(f"contact sheet: {sheet} (images of patients: delete it when you have looked)")
+
+
+@app.command()
+def start(
+    home: HomeOption = None,
+    site: SiteOption = None,
+    only: Annotated[
+        str | None, typer.Option(help="`trainer` or `agent`: one half of the airlock, for systemd.", show_default=False)
+    ] = None,
+) -> None:
+    """Run the agent until it is stopped: it waits for rounds, trains, and sends updates."""
+    from rin.client import agent
+    from rin.client.site import read_site
+
+    if only not in (None, "trainer", "agent"):
+        raise ConfigError(f"--only wants trainer or agent, got {only!r}", step="leave it out to run both")
+    here = _home(home)
+    if only != "agent":  # the agent cannot read the vault, and must not need to
+        name = read_site(here).site
+        if site is not None and site != name:
+            raise ConfigError(f"this home belongs to site {name}, not {site}", step="check --home and --site")
+    raise typer.Exit(agent.start(here, only=only))
+
+
+@app.command()
+def status(
+    home: HomeOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What this site is doing: agent, trainer, last round, last contact, catalog."""
+    from rin.client import agent
+
+    facts = agent.status(_home(home))
+    if as_json:
+        typer.echo(json.dumps(facts, sort_keys=True))
+        return
+    for line in _lines(facts):
+        typer.echo(line)
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> Iterable[str]:
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield f"{indent}{key}"
+            yield from _lines(value, indent + "  ")
+        else:
+            yield f"{indent}{key:<{max(1, 24 - len(indent))}}{'-' if value is None else value}"
+
+
+def main() -> None:
+    """Entry point of `rin-client`."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()
