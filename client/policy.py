@@ -1,0 +1,137 @@
+"""The site's limits against a plan: a pure table of rules; the stricter of plan and site wins (threats T2, T8, T9)."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import Final
+
+from rin.client.site import Site
+from rin.common.errors import ConfigError, RefusedError
+from rin.common.labels import label_set_digest
+from rin.common.plan import MetricName, Plan, parse_plan, plan_digest
+
+MAX_PLAN: Final = 256 << 10  # bytes; a plan of a thousand sites stays below
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One refusal. `code` may leave the site; `text` and `step` are for its operator only."""
+
+    code: str
+    text: str
+    step: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the rules look at: the plan, its digest, the site file, accepted digests, training patients here."""
+
+    plan: Plan
+    digest: str
+    site: Site
+    accepted: Set[str]
+    patients: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`broken` says whether the plan breaks the rule; the texts are formatted with `facts`."""
+
+    code: str
+    broken: Callable[[Facts], bool]
+    text: str
+    step: str
+
+
+RULES: Final = (
+    Rule(
+        "plan-not-accepted",
+        lambda f: f.site.policy.plans == "accepted" and f.digest not in f.accepted,
+        "nobody here has accepted plan {facts.digest}",
+        "read the plan and run `rin-client accept PLAN`",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.site.policy.privacy == "required" and f.plan.privacy.mode == "none",
+        "site.toml: policy.privacy is required, but the plan trains without protection of patients",
+        'agree on another plan, or set policy.privacy = "none" with a name and a date',
+    ),
+    Rule(
+        "policy",
+        lambda f: f.site.site not in f.plan.sites,
+        "the plan does not name site {facts.site.site}",
+        "ask the coordinator for the consortium's plan",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.plan.training.local_steps < f.site.policy.min_steps,
+        "training.local-steps is {facts.plan.training.local_steps}, this site wants {facts.site.policy.min_steps}",
+        "agree on more local steps, or lower policy.min-steps",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.plan.training.batch_size < f.site.policy.min_batch,
+        "training.batch-size is {facts.plan.training.batch_size}, this site wants {facts.site.policy.min_batch}",
+        "agree on larger batches, or lower policy.min-batch",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.patients < f.site.policy.min_patients,
+        "{facts.patients} patients are in training here, this site wants {facts.site.policy.min_patients}",
+        "ingest more studies, or lower policy.min-patients",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.plan.limits.min_sites < f.site.policy.min_sites,
+        "limits.min-sites is {facts.plan.limits.min_sites}, this site wants {facts.site.policy.min_sites}",
+        "agree on larger aggregates, or lower policy.min-sites",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.plan.training.rounds > f.site.policy.max_rounds,
+        "training.rounds is {facts.plan.training.rounds}, this site allows {facts.site.policy.max_rounds}",
+        "agree on fewer rounds, or raise policy.max-rounds",
+    ),
+)
+
+
+def check(plan: Plan, digest: str, site: Site, accepted: Set[str], *, patients: int) -> list[Reason]:
+    """Every reason why `site` does not train `plan`; empty means it does.
+
+    Args:
+        digest: hex SHA-256 of the plan file's bytes.
+        accepted: digests of the plans that a person at the site accepted.
+        patients: patients of the site's training split.
+    """
+    facts = Facts(plan, digest, site, accepted, patients)
+    return [Reason(rule.code, rule.text.format(facts=facts), rule.step) for rule in RULES if rule.broken(facts)]
+
+
+def allowed_metrics(plan: Plan, site: Site) -> frozenset[MetricName]:
+    """The metrics that plan and site both allow to leave."""
+    return frozenset(plan.metrics) & frozenset(site.policy.metrics)
+
+
+def open_plan(data: bytes, digest: str) -> Plan:
+    """The plan that came with a request, once it is the one that the request names.
+
+    Raises:
+        RefusedError: bad-request, or labels-mismatch where only the label set is another one.
+    """
+    if len(data) > MAX_PLAN or plan_digest(data) != digest:
+        raise RefusedError("bad-request", "the plan is not the one that the request names")
+    try:
+        return parse_plan(data)
+    except ConfigError as error:
+        raise RefusedError(_fault(data), error.message, step=error.step) from None
+
+
+def _fault(data: bytes) -> str:
+    """labels-mismatch if the plan names another label set than this release's, else bad-request."""
+    try:
+        other = tomllib.loads(data.decode()).get("label-set")
+    except ValueError:
+        return "bad-request"
+    return "labels-mismatch" if isinstance(other, str) and other != label_set_digest() else "bad-request"
