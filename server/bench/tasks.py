@@ -1,0 +1,88 @@
+"""The downstream tasks: one table row each, and rows made from an image folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal
+
+from rin.common.errors import ConfigError
+from rin.server.bench.datasets import Dataset, image_folder_dataset, phantom_dataset
+
+Kind = Literal["auc", "dice"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a task is fine-tuned: the same for every init, checkpoint and seed.
+
+    Args:
+        steps: optimizer steps (AdamW, cosine to zero after a tenth of warm-up).
+        batch_size: images a step, drawn without replacement epoch by epoch.
+        learning_rate: peak.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One downstream task: `kind` is the figure that is reported, `load` gives the images (may take seconds)."""
+
+    name: str
+    kind: Kind
+    description: str
+    load: Callable[[], Dataset]
+    recipe: Recipe
+
+
+TASKS: Final[dict[str, Task]] = {
+    "phantom-nodule": Task(
+        "phantom-nodule",
+        "auc",
+        "Benign or malignant: is the nodule smooth or spiculated?",
+        partial(phantom_dataset, "phantom-nodule", train=96, test=1000),
+        Recipe(steps=60, batch_size=32, learning_rate=1e-3),
+    ),
+    "phantom-lesion": Task(
+        "phantom-lesion",
+        "dice",
+        "Outline of a spiculated lesion beside a smooth distractor",
+        partial(phantom_dataset, "phantom-lesion", train=64, test=200),
+        Recipe(steps=60, batch_size=32, learning_rate=1e-3),
+    ),
+}
+
+
+def image_folder_task(path: Path, name: str, *, kind: Kind = "auc") -> Task:
+    """A task from `path/<class>/<image>`; `dice` wants `<image>_mask.png` beside the images.
+
+    Raises:
+        ConfigError: the name is taken or not of letters, digits, dot, dash and underscore.
+    """
+    if name in TASKS or not name.isascii() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise ConfigError(f"{name!r} cannot be a task's name", step=f"choose another; taken: {', '.join(TASKS)}")
+    what = "Class of an image" if kind == "auc" else "Outline on an image"
+    return Task(
+        name,
+        kind,
+        f"{what} from the folder brought for this run",
+        partial(image_folder_dataset, path, with_masks=kind == "dice"),
+        Recipe(steps=120, batch_size=32, learning_rate=1e-3),
+    )
+
+
+def select(names: list[str]) -> list[Task]:
+    """Rows of `TASKS` by name.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if unknown := sorted(set(names) - set(TASKS)):
+        raise ConfigError(f"unknown task {', '.join(unknown)}", step=f"choose from {', '.join(TASKS)}")
+    return [TASKS[name] for name in names]

@@ -1,0 +1,34 @@
+"""Tasks: the table's rows and rows from a folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from rin.common.errors import ConfigError
+from rin.server.bench.tasks import TASKS, image_folder_task, select
+
+
+def test_rows_carry_their_own_name_and_a_known_kind() -> None:
+    assert all(task.name == name and task.kind in ("auc", "dice") for name, task in TASKS.items())
+
+
+def test_the_auc_task_has_few_training_and_a_thousand_test_images() -> None:
+    load = TASKS["phantom-nodule"].load
+    assert isinstance(load, partial)
+    assert load.keywords["train"] <= 128
+    assert load.keywords["test"] >= 1000
+
+
+@pytest.mark.parametrize("name", ["phantom-nodule", "", "a b", "../x", "<b>", "é"])
+def test_names_that_would_be_paths_or_markup_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be a task's name"):
+        image_folder_task(Path(), name)
+
+
+def test_select_names_what_it_does_not_know() -> None:
+    assert [task.name for task in select(["phantom-lesion"])] == ["phantom-lesion"]
+    with pytest.raises(ConfigError, match="unknown task nope"):
+        select(["nope", "phantom-lesion"])
