@@ -27,7 +27,7 @@ def _clouds(rng: Rng, period: float) -> Image:
     cells = max(4, int(np.ceil(SIDE / period)) + 3)
     grid = rng.standard_normal((cells, cells), dtype=np.float32)
     field = cv2.resize(grid, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
-    return field / max(float(field.std()), 1e-6)
+    return np.asarray(field / max(float(field.std()), 1e-6), np.float32)
 
 
 def _ramp(signed: Image, soft: float) -> Image:

@@ -133,7 +133,7 @@ _SITE_B: Final = Site(
     scanners={
         "CT": Scanner("CT", "GE MEDICAL SYSTEMS", 0.035, 0.92, 320.0, 1.08, (256, 224)),
         "MR": Scanner("MR", "Philips Medical Systems", 0.032, 1.12, 256.0, 0.92, (256, 192)),
-        "US": Scanner("US", "PHILIPS", 0.045, 0.9, 140.0, 1.05, (240, 320)),
+        "US": Scanner("US", "PHILIPS", 0.045, 0.9, 140.0, 1.05, (240, 240)),
     },
     body_parts={"CT": "CHEST", "MR": "HEAD", "US": "ABDOMEN"},
     rescale=(1.0, 0.0),
@@ -156,7 +156,7 @@ _SITE_C: Final = Site(
     scanners={
         "CT": Scanner("CT", "TOSHIBA", 0.028, 1.06, 400.0, 0.92, (320, 320)),
         "MR": Scanner("MR", "SIEMENS", 0.040, 0.9, 220.0, 1.05, (224, 256)),
-        "US": Scanner("US", "SAMSUNG MEDISON CO., LTD.", 0.038, 1.1, 180.0, 0.95, (240, 256)),
+        "US": Scanner("US", "SAMSUNG MEDISON CO., LTD.", 0.038, 1.1, 180.0, 0.95, (256, 256)),
     },
     body_parts={"CT": "CHEST", "MR": "BRAIN", "US": ""},
     rescale=(2.0, -1024.0),
