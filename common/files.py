@@ -101,8 +101,10 @@ def sha256_file(path: Path, *, offset: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, holder: str) -> Iterator[None]:
+def lock(path: Path, *, holder: str, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive advisory lock on `path`; the kernel drops it when the process dies.
+
+    With `wait` it queues behind the holder, for edits that take milliseconds.
 
     Raises:
         StateError: another process holds it.
@@ -110,7 +112,7 @@ def lock(path: Path, *, holder: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise StateError(
                 f"another {holder} already works in {path.parent}",
