@@ -132,3 +132,20 @@ def read_train_record(record: dict[str, Any]) -> tuple[Request, str, bytes]:
     if not (isinstance(request, bytes) and isinstance(ticket, str) and isinstance(plan, bytes)):
         raise RefusedError("bad-request")
     return from_bytes(Request, request), ticket, plan
+
+
+def reply_record(reply: Reply) -> dict[str, Any]:
+    """Flat scalars of a reply message, in one ConfigRecord named `rin` too."""
+    return {"reply": reply.to_bytes()}
+
+
+def read_reply_record(record: dict[str, Any]) -> Reply:
+    """Inverse of `reply_record`.
+
+    Raises:
+        RefusedError: bad-request.
+    """
+    reply = record.get("reply")
+    if not isinstance(reply, bytes):
+        raise RefusedError("bad-request")
+    return from_bytes(Reply, reply)
