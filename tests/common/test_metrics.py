@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from rin.common.labels import label_index, label_set
+from rin.common.metrics import auc, dice, macro_auc, top_counts
+
+
+def test_top_counts_look_at_declared_rows_only() -> None:
+    logits = np.array([[0.1, 0.9, 5.0], [0.8, 0.2, 5.0], [0.3, 0.4, 5.0]])
+    labels = np.array([[0, 1, 0], [0, 1, 0], [1, 1, 0]], dtype=bool)
+    assert top_counts(logits, labels, (0, 1)) == {"top1": 2, "top5": 3, "images": 3}
+    assert top_counts(logits, labels, (0, 1, 2)) == {"top1": 0, "top5": 3, "images": 3}
+
+
+def test_auc_counts_ties_as_half() -> None:
+    assert auc(np.array([0.0, 1.0, 1.0, 2.0]), np.array([False, False, True, True])) == pytest.approx(0.875)
+
+
+def _case(names: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.zeros((n * len(names), len(label_set())), dtype=bool)
+    for i, name in enumerate(names):
+        labels[i * n : (i + 1) * n, label_index()[name]] = True
+    return np.zeros(labels.shape), labels
+
+
+def test_macro_auc_gives_no_credit_for_telling_modalities_apart() -> None:
+    names = ["CT_lung_Nodule", "CT_lung_normal", "MR_brain_edema", "MR_brain_normal"]
+    scores, labels = _case(names, 20)
+    for name in names:  # right modality, nothing else
+        other = [n for n in names if n[:2] == name[:2]]
+        scores[labels[:, [label_index()[n] for n in other]].any(1), label_index()[name]] = 1.0
+    found = macro_auc(scores, labels)
+    assert found.mean == 0.5
+    assert sorted(found.by_row) == sorted(label_index()[name] for name in names)
+    scores[:20, label_index()["CT_lung_Nodule"]] = 2.0
+    assert macro_auc(scores, labels).by_row[label_index()["CT_lung_Nodule"]] == 1.0
+
+
+def test_macro_auc_leaves_out_rare_labels() -> None:
+    scores, labels = _case(["CT_lung_Nodule", "CT_lung_normal"], 9)
+    assert macro_auc(scores, labels).by_row == {}
+    assert np.isnan(macro_auc(scores, labels).mean)
+    assert len(macro_auc(scores, labels, min_cases=9).by_row) == 2
+
+
+def test_dice() -> None:
+    a = np.zeros((3, 4, 4), bool)
+    b = np.zeros((3, 4, 4), bool)
+    a[0, :2], b[0, 1:3] = True, True
+    a[1, 0, 0] = True
+    assert dice(a, b).tolist() == [0.5, 0.0, 1.0]
