@@ -189,12 +189,17 @@ def load_private(path: Path) -> bytes:
         return file.read()
 
 
+def sha256(data: bytes) -> str:
+    """Hex SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def fingerprint(data: bytes) -> str:
     """The first 128 bits of the SHA-256 of `data` as eight groups of four hex digits, to be read over the telephone.
 
     A forger needs a second preimage, so half of the hash is as good as the whole and half as long to read.
     """
-    digits = hashlib.sha256(data).hexdigest()[:32]
+    digits = sha256(data)[:32]
     return "-".join(digits[at : at + 4] for at in range(0, 32, 4))
 
 

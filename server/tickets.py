@@ -18,6 +18,7 @@ from rin.common.errors import RefusedError, StateError
 from rin.common.files import lock, read_json, write_json
 from rin.common.plan import Digest, SiteName
 from rin.common.wire import RoundNumber
+from rin.server import members
 from rin.server.rundir import RunDir
 
 # The round stands in front so that one file is read, not all of them; it is no secret.
@@ -79,7 +80,8 @@ def check(run: RunDir, token: str) -> Grant:
     """What `token` opens.
 
     Raises:
-        RefusedError: update-stranger for a token that was never issued or is void, update-late for a closed round.
+        RefusedError: update-stranger for a token that was never issued or is void, or whose site is no member any
+            more; update-late for a closed round.
     """
     match = _TOKEN.fullmatch(token)
     now = _read(run, int(match[1])) if match else None
@@ -92,6 +94,7 @@ def check(run: RunDir, token: str) -> Grant:
         raise RefusedError("update-stranger")
     if now.state != "open":
         raise RefusedError("update-late")
+    members.member(run, found.site)
     return Grant(now.round, found.site, now.plan, now.base, given)
 
 
