@@ -28,6 +28,11 @@ class Home:
         return self.root / "vault" / "keys"
 
     @property
+    def pseudonym_key(self) -> Path:
+        """32 random bytes, 0600; without it nobody can tell whom a pseudonym stands for."""
+        return self.keys / "pseudonym.key"
+
+    @property
     def catalog(self) -> Path:
         return self.root / "vault" / "catalog.sqlite"
 

@@ -1,0 +1,528 @@
+"""Ingest: walk, skim, select, label, decode in workers, commit in order; resumable at every image."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from rin.client.home import Home
+from rin.client.ingest.cache import Cache
+from rin.client.ingest.catalog import Catalog, ImageRow, Known
+from rin.client.ingest.header import Header
+from rin.client.ingest.mapping import LabelMapping, LocalLabel, LocalLabels, own_names, read_labels, read_mapping
+from rin.client.ingest.pixels import Layout, layout_of
+from rin.client.ingest.pseudonyms import Pseudonyms, site_pseudonyms, split_of
+from rin.client.ingest.reasons import Refused
+from rin.client.ingest.selection import Identity, anatomy, identity, select
+from rin.client.ingest.skim import HEAD, skim
+from rin.client.ingest.walk import Found, check_roots, walk
+from rin.client.ingest.workers import TIMEOUT_S, WORKERS, Job, Outcome, Pool
+from rin.common.errors import ConfigError, StateError
+from rin.common.files import lock
+from rin.common.labels import label_set, label_set_digest
+
+_LOG = logging.getLogger(__name__)
+COMMIT_IMAGES: Final = 256
+_COMMIT_FILES: Final = 4096
+_AHEAD: Final = 24  # files under way for each worker
+_SITE: Final = re.compile(r"[A-Za-z0-9-]{1,32}")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far ingest is: `stage` is `scan` (total unknown) or `read`; counts are of files, `accepted` of images."""
+
+    stage: str
+    done: int
+    total: int
+    accepted: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """Everything that lies below the roots now, whether this run read it or an earlier one.
+
+    `files == accepted_files + sum(refused.values())`: each file has an accepted image or one reason. Frames that were
+    refused in a file with another, accepted frame are counted apart, in `refused_images`.
+
+    Args:
+        files: files below the roots.
+        accepted: images in the catalog from these files.
+        accepted_files: files with at least one of them.
+        refused: reason to files of which no image was accepted (the commonest reason of its frames).
+        refused_images: reason to single frames.
+        labels: label name to images.
+        unmapped: local label that the mapping does not know, to images; shown, never stored.
+        decoded: images that this run added.
+        seconds: wall time of this run.
+    """
+
+    files: int
+    accepted: int
+    accepted_files: int
+    refused: dict[str, int]
+    refused_images: dict[str, int]
+    labels: dict[str, int]
+    unmapped: dict[str, int]
+    decoded: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain values; seconds to the millisecond."""
+        return asdict(self) | {"seconds": round(self.seconds, 3)}
+
+
+def ingest(
+    home: Home,
+    *,
+    site: str,
+    roots: Sequence[Path],
+    labels: Path | None = None,
+    mapping: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    workers: int = WORKERS,
+    timeout_s: float = TIMEOUT_S,
+) -> IngestReport:
+    """Bring catalog and cache of `home` in line with the archive below `roots`.
+
+    With `labels` only the images that it names are accepted; without it every image is, without labels. Killed at any
+    moment, the next call goes on. An unchanged file (path, size, time, labels) is not read again.
+
+    Raises:
+        ConfigError: site name, roots, labels or mapping are wrong.
+        StateError: the home belongs to another site or key, or is in use.
+        RinError: `disk-full`.
+    """
+    start = time.monotonic()
+    if not _SITE.fullmatch(site):
+        raise ConfigError(f"'{site}' is no site name", step="use 1 to 32 letters, digits and hyphens")
+    checked = check_roots(roots)
+    labelling = _Labelling(read_labels(labels) if labels else None, read_mapping(mapping) if mapping else own_names())
+    with lock(home.catalog.with_name("ingest.lock"), holder="rin-client ingest"):
+        names = site_pseudonyms(home.pseudonym_key, create=not home.catalog.exists())
+        catalog = Catalog(home.catalog)
+        pool = Pool(workers=workers, timeout_s=timeout_s)
+        try:
+            _check_meta(catalog, names, site)
+            cache = Cache(home.cache, slots=catalog.slots)
+            run = _Run(home, catalog, cache, pool, names, labelling, checked, progress, _AHEAD * workers)
+            run.scan()
+            run.read()
+            pool.close()
+            return run.report(time.monotonic() - start)
+        except BaseException:
+            pool.cancel()
+            raise
+        finally:
+            catalog.close()
+
+
+def explain(home: Home, roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Each refused file below `roots` with its reasons: for the terminal only, paths are stored nowhere.
+
+    Raises:
+        ConfigError: a root is no directory.
+        StateError: nothing was ingested yet.
+    """
+    names = site_pseudonyms(home.pseudonym_key, create=False)
+    if not home.catalog.exists():
+        raise StateError(f"{home.catalog.name} is missing", step="run `rin-client ingest` first")
+    catalog = Catalog(home.catalog)
+    try:
+        for root in check_roots(roots):
+            for found in walk(root, leave_out=home.root):
+                for reason in catalog.reasons(names.path(found.path)):
+                    yield found.path, reason
+    finally:
+        catalog.close()
+
+
+def _check_meta(catalog: Catalog, names: Pseudonyms, site: str) -> None:
+    """Tie the catalog to one site, key and label set."""
+    facts = {
+        "site": (site, "use --site with the name that this home was made for, or another --home"),
+        "key": (names.of("check").hex(), "restore the pseudonym key of this catalog, or ingest into another --home"),
+        "labels": (label_set_digest(), "ingest into another --home with this release of rin"),
+    }
+    for key, (value, step) in facts.items():
+        found = catalog.meta(key)
+        if found is None:
+            catalog.set_meta(key, value)
+        elif found != value:
+            raise StateError(f"the catalog was made with another {key}", step=step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Label indices of a file's frames: `every` for all of them, `frames` for single ones."""
+
+    every: tuple[int, ...] | None
+    frames: dict[int, tuple[int, ...]]
+    unmapped_frames: int
+    open: bool
+
+    def of(self, frame: int) -> tuple[int, ...]:
+        return tuple(sorted({*(self.every or ()), *self.frames.get(frame, ())}))
+
+    def decode(self) -> frozenset[int] | None:
+        """The frames to decode; None means all."""
+        return None if self.every is not None else frozenset(self.frames)
+
+
+@dataclass(slots=True)
+class _Labelling:
+    """Labels and mapping of one run, and the local labels that nothing maps."""
+
+    labels: LocalLabels | None
+    mapping: LabelMapping
+    unmapped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def digest(self) -> bytes:
+        text = f"{self.labels.digest if self.labels else 'none'} {self.mapping.digest}"
+        return hashlib.sha256(text.encode()).digest()[:16]
+
+    def wanted(self, header: Header, modality: str, who: Identity, paths: tuple[str, ...]) -> _Wanted:
+        """What is known about the frames of one file.
+
+        Raises:
+            Refused: `unlabelled` or `unmapped-label`.
+        """
+        if self.labels is None:
+            return _Wanted((), {}, 0, open=False)
+        number = header.text("InstanceNumber")
+        found = self.labels.of(
+            instance=who.instance.decode("latin-1"),
+            series=who.series.decode("latin-1"),
+            number=str(int(number)) if number.isascii() and number.isdigit() else number,
+            paths=paths,
+        )
+        if not found:
+            raise Refused("unlabelled")
+        parts = (header.text("BodyPartExamined"), anatomy(header, modality).upper())
+        return self._map(found, modality, parts)
+
+    def _map(self, found: tuple[LocalLabel, ...], modality: str, parts: tuple[str, str]) -> _Wanted:
+        every: set[int] = set()
+        frames: dict[int, set[int]] = {}
+        unknown: set[int | None] = set()
+        for label in found:
+            indices = self.mapping.of(label, modality=modality, body_parts=parts)
+            if not indices:
+                self.unmapped[label.name] += 1
+                unknown.add(label.frame)
+            elif label.frame is None:
+                every.update(indices)
+            else:
+                frames.setdefault(label.frame, set()).update(indices)
+        if not every and not frames:
+            raise Refused("unmapped-label")
+        single = {frame: tuple(sorted(indices)) for frame, indices in frames.items()}
+        left_out = 0 if every else len(unknown - single.keys() - {None})
+        return _Wanted(tuple(sorted(every)) if every else None, single, left_out, open=bool(unknown))
+
+
+@dataclass(slots=True)
+class _Item:
+    """One file on its way."""
+
+    found: Found
+    key: bytes
+    stamp: bytes
+    known: Known | None
+    reason: str | None = None
+    header_job: Future[Outcome] | None = None
+    pixel_job: Future[Outcome] | None = None
+    header: Header | None = None
+    modality: str = ""
+    who: Identity | None = None
+    layout: Layout | None = None
+    wanted: _Wanted | None = None
+    keep: dict[int, int] | None = None  # frame to image id, where the cache holds the pixels already
+    open: bool = False
+
+
+@dataclass(slots=True)
+class _Run:
+    """One ingest: files are decided in the order of the walk, whatever the workers' order."""
+
+    home: Home
+    catalog: Catalog
+    cache: Cache
+    pool: Pool
+    names: Pseudonyms
+    labelling: _Labelling
+    roots: list[Path]
+    progress: Callable[[Progress], None] | None
+    ahead: int
+    number: int = field(init=False)
+    digest: bytes = field(init=False)
+    batch: list[bytes] = field(default_factory=list)
+    uncommitted: int = 0
+    total: int = 0
+    done: int = 0
+    accepted: int = 0
+    refused: int = 0
+    told: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.number = int(self.catalog.meta("run") or 0) + 1
+        self.digest = self.labelling.digest
+        self.catalog.set_meta("run", str(self.number))
+        self.catalog.set_meta("mapping", self.labelling.mapping.digest)
+        self.catalog.commit()
+        self._erase()
+
+    def files(self) -> Iterator[Found]:
+        for root in self.roots:
+            yield from walk(root, leave_out=self.home.root)
+
+    def scan(self) -> None:
+        """Count the files, and mark those that the catalog knows: an image whose file is gone may have moved."""
+        for found in self.files():
+            self.catalog.mark_seen(self.names.path(found.path), self.number)
+            self.total += 1
+            self._tell("scan")
+        self.catalog.commit()
+
+    def read(self) -> None:
+        """Decide on every file."""
+        under_way: deque[_Item] = deque()
+        for found in self.files():
+            item = self._begin(found)
+            if item is None:
+                self._count()
+                continue
+            under_way.append(item)
+            if len(under_way) > self.ahead:
+                self._finish(under_way.popleft())
+        while under_way:
+            self._finish(under_way.popleft())
+        self.catalog.pin_train()
+        self._commit()
+        self._tell("read", last=True)
+
+    def report(self, seconds: float) -> IngestReport:
+        files, good, images = self.catalog.totals(self.number)
+        labels = label_set()
+        counts = {labels[index].name: count for index, count in self.catalog.label_counts(self.number).items()}
+        return IngestReport(
+            files=files,
+            accepted=images,
+            accepted_files=good,
+            refused=self.catalog.refused_files(self.number),
+            refused_images=self.catalog.refused_images(self.number),
+            labels=counts,
+            unmapped=dict(sorted(self.labelling.unmapped.items())),
+            decoded=self.accepted,
+            seconds=seconds,
+        )
+
+    def _begin(self, found: Found) -> _Item | None:
+        """Skim and select; None for a file that is known and unchanged."""
+        key = self.names.path(found.path)
+        stamp = self.names.stamp(found.size, found.mtime_ns)
+        known = self.catalog.known(key)
+        if known and not known.open and (known.stamp, known.labelling) == (stamp, self.digest):
+            return None
+        item = _Item(found, key, stamp, known)
+        try:
+            if found.size < 0:
+                raise Refused("unreadable")
+            with found.path.open("rb", buffering=0) as file:
+                item.header = skim(file.read(HEAD), size=found.size)
+            if item.header is None:
+                item.header_job = self.pool.submit(Job(found.path))
+            else:
+                self._select(item)
+        except OSError:
+            item.reason = "unreadable"
+        except Refused as refused:
+            item.reason = refused.reason
+        return item
+
+    def _select(self, item: _Item) -> None:
+        """Everything that can be decided without pixels; submits the decoding of what is left."""
+        header = item.header
+        if header is None:
+            raise Refused("bad-header")
+        item.modality = select(header)
+        item.who = identity(header)
+        item.layout = layout_of(header)
+        try:
+            item.wanted = self.labelling.wanted(header, item.modality, item.who, (item.found.relative,))
+        except Refused as refused:
+            item.open = refused.reason == "unmapped-label"
+            raise
+        item.open = item.wanted.open
+        item.keep = self._in_cache(item, self.names.instance(item.who))
+        if item.keep is None:
+            job = Job(item.found.path, item.modality, item.wanted.decode())
+            item.pixel_job = self.pool.submit(job)
+
+    def _in_cache(self, item: _Item, instance: bytes) -> dict[int, int] | None:
+        """The images of the instance if the cache holds all that are wanted: other labels, or a file that moved.
+
+        Raises:
+            Refused: `duplicate-instance`, if the file that they came from is still there.
+        """
+        frames = self.catalog.frames_of(instance)
+        owners = {path_key for _, path_key in frames.values()} - {item.key}
+        for owner in owners:
+            known = self.catalog.known(owner)
+            if known and known.seen == self.number:
+                raise Refused("duplicate-instance")
+        if not frames or item.wanted is None or item.layout is None:
+            return None
+        own_change = not owners and (item.known is None or item.known.stamp != item.stamp)
+        wanted = item.wanted.decode() or frozenset(range(1, item.layout.frames + 1))
+        return None if own_change or wanted - frames.keys() else {frame: frames[frame][0] for frame in wanted}
+
+    def _finish(self, item: _Item) -> None:
+        """Wait for the workers and write what was decided."""
+        try:
+            if item.header_job is not None:
+                outcome = item.header_job.result()
+                if outcome.reason:
+                    raise Refused(outcome.reason)
+                item.header = outcome.header
+                self._select(item)
+            outcome = item.pixel_job.result() if item.pixel_job else Outcome(reason=item.reason)
+            if outcome.reason:
+                raise Refused(outcome.reason)
+            if item.keep is not None:
+                self._relabel(item, item.keep)
+            else:
+                self._add(item, outcome)
+        except Refused as refused:
+            if refused.reason == "unreadable" and item.known and item.known.reason is None:
+                _LOG.warning("a file that was read before cannot be read now; its images are kept")
+            else:
+                self._forget(item)
+                self._close(item, Counter({refused.reason: 1}), accepted=0)
+        self._count()
+
+    def _add(self, item: _Item, outcome: Outcome) -> None:
+        """Catalog rows for the pictures of one file."""
+        if item.header is None or item.who is None or item.layout is None or item.wanted is None:
+            raise Refused("bad-header")
+        self._forget(item)
+        instance = self.names.instance(item.who)
+        for owner in {owner for _, owner in self.catalog.frames_of(instance).values()}:
+            known = self.catalog.known(owner)
+            if known and known.seen == self.number:
+                raise Refused("duplicate-instance")  # its twin was under way at the same time
+            self._forget_key(owner)
+        reasons: Counter[str] = Counter()
+        accepted = 0
+        for picture in outcome.pictures:
+            digest = self.names.of("pixels", picture.pixels)
+            reason = picture.reason or ("duplicate-pixels" if self.catalog.has_digest(digest) else None)
+            if reason:
+                reasons[reason] += 1
+                continue
+            row = self._row(item.header, item.layout, item.who, item.modality, picture.frame, digest, picture.policy)
+            labelled = ImageRow(**row, labels=item.wanted.of(picture.frame))
+            self.catalog.add_image(item.key, labelled, slot=self.cache.slots + len(self.batch))
+            self.batch.append(picture.pixels)
+            accepted += 1
+        reasons["unmapped-label"] += item.wanted.unmapped_frames
+        reasons["unlabelled"] += item.layout.frames - len(outcome.pictures) - item.wanted.unmapped_frames
+        self._close(item, +reasons, accepted=accepted)
+
+    def _row(
+        self, header: Header, layout: Layout, who: Identity, modality: str, frame: int, digest: bytes, policy: str
+    ) -> dict[str, Any]:
+        patient = self.names.patient(who)
+        return {
+            "patient": patient,
+            "study": self.names.of("study", who.study),
+            "series": self.names.of("series", who.series),
+            "instance": self.names.instance(who),
+            "frame": frame,
+            "modality": modality,
+            "anatomy": anatomy(header, modality),
+            "split": "train" if self.catalog.is_pinned(patient) else split_of(patient),
+            "digest": digest,
+            "policy": policy,
+            "rows": layout.rows,
+            "cols": layout.cols,
+            "bits": layout.stored,
+            "photometric": layout.photometric,
+            "syntax": layout.syntax,
+            "lossy": header.text("LossyImageCompression") == "01",
+        }
+
+    def _relabel(self, item: _Item, keep: dict[int, int]) -> None:
+        """The pixels stay; labels and file change. Frames that are not wanted any more go."""
+        if item.wanted is None or item.layout is None or item.who is None:
+            raise Refused("bad-header")
+        owners = {owner for _, owner in self.catalog.frames_of(self.names.instance(item.who)).values()}
+        for frame, image in keep.items():
+            self.catalog.relabel(image, item.wanted.of(frame), b"")
+        for key in owners | {item.key}:
+            self._forget_key(key)
+        for frame, image in keep.items():
+            self.catalog.relabel(image, item.wanted.of(frame), item.key)
+        left_out = item.layout.frames - len(keep) - item.wanted.unmapped_frames
+        reasons = Counter({"unmapped-label": item.wanted.unmapped_frames, "unlabelled": left_out})
+        self._close(item, +reasons, accepted=len(keep))
+        self.accepted -= len(keep)
+
+    def _close(self, item: _Item, reasons: Counter[str], *, accepted: int) -> None:
+        """The file's own row, and its reasons."""
+        if not accepted and not reasons:
+            reasons = Counter({"no-pixels": 1})
+        for reason, count in reasons.items():
+            self.catalog.refuse(item.key, reason, count)
+        main = None if accepted else min(reasons, key=lambda reason: (-reasons[reason], reason))
+        self.catalog.put_file(
+            item.key, stamp=item.stamp, labelling=self.digest, reason=main, open_=item.open, run=self.number
+        )
+        self.accepted += accepted
+        self.refused += main is not None
+        self.uncommitted += 1
+        if len(self.batch) >= COMMIT_IMAGES or self.uncommitted >= _COMMIT_FILES:
+            self._commit()
+
+    def _forget(self, item: _Item) -> None:
+        if item.known is not None:
+            self._forget_key(item.key)
+
+    def _forget_key(self, key: bytes) -> None:
+        self.catalog.forget_file(key)
+
+    def _commit(self) -> None:
+        """Pixels, fsync, then the catalog's transaction; only then are removed images overwritten."""
+        if self.batch:
+            self.cache.append(self.batch)
+            self.batch = []
+        self.catalog.set_meta("slots", str(self.cache.slots))
+        self.catalog.commit()
+        self.uncommitted = 0
+        self._erase()
+
+    def _erase(self) -> None:
+        if slots := self.catalog.erased():
+            self.cache.erase(slots)
+            self.catalog.clear_erased(slots)
+            self.catalog.commit()
+
+    def _count(self) -> None:
+        self.done += 1
+        self._tell("read")
+
+    def _tell(self, stage: str, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if self.progress and (last or now - self.told > 0.2):
+            self.told = now
+            self.progress(Progress(stage, self.done, self.total, self.accepted, self.refused))
