@@ -23,7 +23,9 @@ KINDS: Final[dict[str, tuple[str, ...]]] = {
     "process": ("name", "state"),  # state: started, ended, ready; with `line`, the next step
     "member-admitted": ("site",),
     "member-revoked": ("site",),
-    "flower-run": ("state",),  # state: submitted, failed
+    "site-online": ("site",),
+    "site-away": ("site",),
+    "flower-run": ("state",),  # state: submitted, ended
     "run-resumed": ("round",),
     "round-opened": ("round", "sites"),
     "request-sent": ("round", "site"),

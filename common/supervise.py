@@ -212,6 +212,10 @@ class Supervisor:
             else:
                 slot.log_from = _turn_over(slot.child.log, slot.log_from)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether `name` is supervised, running or not."""
+        return name in self._slots
+
     def alive(self, name: str) -> bool:
         """Whether the process of `name` runs now."""
         return self.pid(name) is not None
