@@ -10,7 +10,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from rin.common.layout import Layout, Tensor
 from rin.common.plan import MetricName
 
 SMALLEST_COUNT: Final = 10  # images; a metric over fewer could be about one patient (threat T6)
+COUNTS: Final[tuple[MetricName, ...]] = ("images", "top1", "top5")
 DIGITS: Final = 4  # significant digits of a metric that leaves
 
 
@@ -75,21 +76,22 @@ def _sum_of_squares(file: BinaryIO, tensor: Tensor, sha: hashlib._Hash) -> float
     return total
 
 
-def pass_metrics(metrics: Mapping[str, float], allowed: Set[MetricName]) -> dict[MetricName, float]:
+def pass_metrics(metrics: Mapping[MetricName, float], allowed: Set[MetricName]) -> dict[MetricName, float]:
     """The metrics that may leave: allowed by plan and site, finite, rounded to four significant digits.
 
-    `images` is the count that the others are means over; below ten neither it nor they leave, nor when it is missing.
+    Counts below ten stay; below ten images the loss stays too, which is a mean over them.
     """
     if not metrics.get("images", 0) >= SMALLEST_COUNT:
         return {}
-    return {name: _rounded(metrics[name]) for name in sorted(allowed) if math.isfinite(metrics.get(name, math.nan))}
+    large = {name: value for name, value in metrics.items() if name not in COUNTS or value >= SMALLEST_COUNT}
+    return {name: _rounded(large[name]) for name in sorted(allowed & large.keys()) if math.isfinite(large[name])}
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def record(log: Path, *, what: str, digest: str, to: str, facts: Mapping[str, str | int | float]) -> None:
+def record(log: Path, *, what: str, digest: str, to: str, facts: Mapping[str, Any]) -> None:
     """Append one line to the egress log and make it durable; called before anything becomes visible outside.
 
     Args:
@@ -97,7 +99,7 @@ def record(log: Path, *, what: str, digest: str, to: str, facts: Mapping[str, st
         what: kind of thing that leaves, e.g. `update`.
         digest: hex SHA-256 of the bytes that leave.
         to: whom it is for.
-        facts: round, plan, bytes, names of metrics: nothing of a patient.
+        facts: round, plan, bytes, the metrics that leave: nothing of a patient.
     """
     line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, "sha256": digest, "to": to}
     log.parent.mkdir(parents=True, exist_ok=True)

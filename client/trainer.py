@@ -1,0 +1,354 @@
+"""The side of the airlock that decides: checks a request against the site's own rules, trains, gates, signs, publishes.
+
+No transport here: `rin.client.airlock` serves a `Trainer` on a Unix socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rin.client import policy
+from rin.client.home import Home
+from rin.client.jobs import Jobs, Stored, put_out, take_in
+from rin.client.site import Site, read_site
+from rin.common import egress, keys
+from rin.common.errors import RefusedError, RinError
+from rin.common.events import Events
+from rin.common.files import write_json
+from rin.common.labels import label_set_digest
+from rin.common.layout import Layout
+from rin.common.plan import PROTOCOL, Plan
+from rin.common.wire import Manifest, Request, lock_digest
+
+if TYPE_CHECKING:
+    from rin.client.data import TrainingData
+    from rin.common.backbones import Network
+    from rin.common.fit import FitResult
+
+log = logging.getLogger(__name__)
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+STATUS_EVERY: Final = 1.0  # seconds between two writes of vault/status.json
+EVENT_EVERY: Final = 10.0  # seconds between two lines of vault/log/events.jsonl
+# The coordinator clips at the plan's norm. What it would have to clip this hard is a fault and stays here.
+NORM_SLACK: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What Hello answers: this release and this site; nothing about data."""
+
+    protocol: int
+    release: str
+    site: str
+    label_set: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Optimizer steps done of all in this round."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The update of `request` (its id) lies in the outbox; `update` is the digest of its tensor bytes."""
+
+    request: str
+    update: str
+
+
+class Trainer:
+    """One home's trainer. Not for several threads at once: the airlock gives it one job after another."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.jobs = Jobs(home)
+        self.events = Events(home.vault_log / "events.jsonl")
+        self._warm: tuple[str, Network, Layout] | None = None
+        for folder in (home.jobs, home.vault_log):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        home.outbox.mkdir(parents=True, exist_ok=True)
+
+    def hello(self) -> State:
+        """Who is here.
+
+        Raises:
+            ConfigError: site.toml is missing or wrong.
+        """
+        return State(PROTOCOL, metadata.version("rin"), read_site(self.home).site, label_set_digest())
+
+    def train(
+        self, request: Request, plan: bytes, progress: Callable[[Progress], None], cancelled: Callable[[], str]
+    ) -> Done:
+        """Train one round and publish the update; the same request again is answered from the stored one.
+
+        Args:
+            plan: the plan file's exact bytes.
+            progress: called after each optimizer step.
+            cancelled: asked before each; a code (cancelled, deadline) ends the work.
+
+        Raises:
+            RefusedError: with one of `CODES`; its text is for this site only.
+        """
+        self.show(state="starting", round=request.round)
+        with self._refusals(request):
+            done = self._train(request, plan, progress, cancelled)
+            self.events.add("update-ready", round=request.round)
+        self.show(state="idle", round=request.round, code="")
+        return done
+
+    def _train(
+        self, request: Request, data: bytes, progress: Callable[[Progress], None], cancelled: Callable[[], str]
+    ) -> Done:
+        from rin.client.data import TrainingData
+
+        site, plan = read_site(self.home), policy.open_plan(data, request.plan)
+        if request.site != site.site or request.round > plan.training.rounds:
+            raise RefusedError("bad-request", "the request is for another site, or for a round beyond the plan")
+        images = TrainingData.open(self.home, labels=site.labels.rows(), split="train")
+        self._agree(plan, request.plan, site, images.patients)
+        stored = self.jobs.stored(request)
+        if stored is None:
+            if len(images) == 0:
+                raise RefusedError("no-data")
+            self.jobs.admit(request, max_rounds=site.policy.max_rounds)
+            self.jobs.prune(request)
+            stored = self._work(request, plan, site, images, progress, cancelled)
+        return self._publish(request, site, stored)
+
+    def _agree(self, plan: Plan, digest: str, site: Site, patients: int) -> None:
+        """Raise RefusedError with the first reason of the site's policy; the operator reads all of them."""
+        reasons = policy.check(plan, digest, site, accepted_plans(self.home), patients=patients)
+        if reasons:
+            text = "\n".join(reason.text for reason in reasons)
+            raise RefusedError(reasons[0].code, text, step="; ".join(reason.step for reason in reasons))
+
+    def _work(
+        self,
+        request: Request,
+        plan: Plan,
+        site: Site,
+        images: TrainingData,
+        progress: Callable[[Progress], None],
+        cancelled: Callable[[], str],
+    ) -> Stored:
+        """Global weights in, local steps, update through the gate and onto the disk of the vault."""
+        from rin.common import weights
+
+        network, layout = self._network(request.plan, plan)
+        base, update = self.jobs.base(request), self.jobs.update(request)
+        self._room_for(2 * layout.file_bytes, site)
+        take_in(self.home.inbox, request.base, base, layout)
+        weights.read_into(network, base, layout)
+        result = self._fit(network, request, plan, site, images, progress, cancelled)
+        weights.write_update(update, network, base, layout)
+        facts = egress.check_update(update, layout, max_norm=NORM_SLACK * plan.limits.max_update_norm)
+        stored = Stored(
+            run=request.run,
+            round=request.round,
+            plan=request.plan,
+            update=facts.digest,
+            norm=facts.norm,
+            steps=result.steps,
+            labels=site.labels.rows(),
+            metrics=egress.pass_metrics(result.metrics, policy.allowed_metrics(plan, site)),
+        )
+        self.jobs.store(request, stored)
+        return stored
+
+    def _network(self, digest: str, plan: Plan) -> tuple[Network, Layout]:
+        """The plan's network; kept between rounds, for every value in it is overwritten by the global weights."""
+        from rin.common import backbones, weights
+
+        if self._warm is None or self._warm[0] != digest:
+            self._warm = None  # before the next one is built: two may not fit into memory
+            network = backbones.build(plan.model)
+            self._warm = (digest, network, weights.layout_of(network))
+        return self._warm[1], self._warm[2]
+
+    def _fit(
+        self,
+        network: Network,
+        request: Request,
+        plan: Plan,
+        site: Site,
+        images: TrainingData,
+        progress: Callable[[Progress], None],
+        cancelled: Callable[[], str],
+    ) -> FitResult:
+        from rin.common import fit
+
+        device, watch = fit.pick_device(site.device.name), _Watch(self, request.round, plan.training.batch_size)
+        _limit_memory(device.type, site.device.memory_gib)
+
+        def report(step: int, steps: int) -> None:
+            progress(Progress(step, steps))
+            watch.step(step, steps)
+
+        try:
+            return fit.fit_round(
+                network,
+                images,
+                plan,
+                rows=site.labels.rows(),
+                exhaustive_rows=site.labels.exhaustive_rows(),
+                round=request.round,
+                site=request.site,
+                device=device,
+                threads=site.device.threads,
+                progress=report,
+                cancelled=lambda: bool(cancelled()),
+            )
+        except RefusedError as error:
+            if error.code == "cancelled":
+                raise RefusedError(cancelled() or error.code) from None
+            raise
+
+    def _publish(self, request: Request, site: Site, stored: Stored) -> Done:
+        """Sign the manifest and put both into the outbox; the egress log is written first."""
+        manifest = Manifest(
+            run=request.run,
+            round=request.round,
+            site=request.site,
+            plan=request.plan,
+            base=request.base,
+            request=request.id,
+            update=stored.update,
+            steps=stored.steps,
+            labels=stored.labels,
+            metrics=stored.metrics,
+            release=metadata.version("rin"),
+            lock=lock_digest(),
+        )
+        signature = keys.sign(keys.load_signing_key(self.home.keys / "signing.key"), manifest.signed_bytes())
+        paper, outbox = manifest.to_bytes(), self.home.outbox
+        self._room_for(self.jobs.update(request).stat().st_size, site)
+        egress.record(
+            self.home.egress_log,
+            what="update",
+            digest=stored.update,
+            to="coordinator",
+            facts={
+                "manifest": hashlib.sha256(paper).hexdigest(),
+                "run": request.run,
+                "round": request.round,
+                "plan": request.plan,
+                "bytes": self.jobs.update(request).stat().st_size,
+                "norm": stored.norm,
+                "metrics": dict(stored.metrics),
+            },
+        )
+        put_out(self.jobs.update(request), outbox, f"{request.id}.safetensors", stored.update)
+        write_json(
+            outbox / f"{request.id}.json",
+            {"manifest": keys.encode(paper), "signature": keys.encode(signature)},
+            mode=0o440,
+        )
+        return Done(request.id, stored.update)
+
+    def _room_for(self, size: int, site: Site) -> None:
+        if shutil.disk_usage(self.home.jobs).free < size + site.device.disk_reserve_gib * 2**30:
+            raise RefusedError("disk-full", "less than device.disk-reserve-gib would be left on the disk")
+
+    @contextlib.contextmanager
+    def _refusals(self, request: Request) -> Iterator[None]:
+        """Turn whatever goes wrong into a refusal with one of our codes, and write down what the operator needs."""
+        try:
+            yield
+        except Exception as error:  # the edge of a job: a code leaves, the rest stays here
+            refusal = refusal_of(error)
+            if refusal.code == "internal":
+                log.error("round %d failed", request.round, exc_info=error)
+            self.events.add("request-refused", round=request.round, code=refusal.code)
+            self.show(
+                state="idle", round=request.round, code=refusal.code, text=refusal.message, step_next=refusal.step
+            )
+            raise refusal from None
+
+    def show(self, **fields: Any) -> None:
+        """What `rin-client status` shows; a full disk must not end a round that fits."""
+        with contextlib.suppress(OSError):
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            write_json(self.home.root / "vault" / "status.json", {"time": now, **fields}, mode=0o600)
+
+
+class _Watch:
+    """Writes down now and then how far a round is."""
+
+    def __init__(self, trainer: Trainer, round: int, batch_size: int) -> None:
+        self._trainer, self._round, self._batch_size = trainer, round, batch_size
+        self._began = self._shown = self._logged = time.monotonic()
+
+    def step(self, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if now - self._shown >= STATUS_EVERY:
+            self._shown = now
+            speed = round(step * self._batch_size / (now - self._began), 1)
+            self._trainer.show(state="training", round=self._round, step=step, steps=steps, images_per_s=speed)
+        if now - self._logged >= EVENT_EVERY:
+            self._logged = now
+            self._trainer.events.add("training", round=self._round, step=step, steps=steps)
+
+
+def _limit_memory(device: str, gib: float | None) -> None:
+    """Keep this process below `gib`: its data on a CPU, its share of a GPU."""
+    if gib is None:
+        return
+    if device == "cpu":
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), hard))
+    else:
+        import torch
+
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+
+
+def refusal_of(error: BaseException) -> RefusedError:
+    """`error` as a refusal with the code that fits."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, RinError):
+        return RefusedError(error.code, error.message, step=error.step)
+    if isinstance(error, OSError) and error.errno in FULL:
+        return RefusedError("disk-full", step="free some space; the coordinator asks again")
+    # torch's own class is not imported here; its CPU allocator raises a plain RuntimeError.
+    allocator = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or allocator:
+        return RefusedError("memory", step="lower batch-size in the plan, or raise device.memory-gib")
+    return RefusedError("internal", step="look into vault/log/trainer.jsonl")
+
+
+def accepted_plans(home: Home) -> frozenset[str]:
+    """Digests of the plans that a person at the site accepted; a file counts only under its own digest."""
+    return frozenset(path.stem for path in home.accepted.glob("*.toml") if _digest(path) == path.stem)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def warm_up() -> None:
+    """Import what a first round needs, so that it does not wait 10 s for it."""
+    from rin.client import data
+    from rin.common import backbones, fit, weights
+
+    log.debug("warm: %s", [module.__name__ for module in (data, backbones, fit, weights)])
