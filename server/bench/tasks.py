@@ -15,7 +15,7 @@ Kind = Literal["auc", "dice"]
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class FineTuning:
     """How a task is fine-tuned: the same for every init, checkpoint and seed.
 
     Args:
@@ -38,7 +38,7 @@ class Task:
     kind: Kind
     description: str
     load: Callable[[], Dataset]
-    recipe: Recipe
+    tuning: FineTuning
 
 
 TASKS: Final[dict[str, Task]] = {
@@ -47,24 +47,25 @@ TASKS: Final[dict[str, Task]] = {
         "auc",
         "Benign or malignant: is the nodule smooth or spiculated?",
         partial(phantom_dataset, "phantom-nodule", train=96, test=1000),
-        Recipe(steps=60, batch_size=32, learning_rate=1e-3),
+        FineTuning(steps=60, batch_size=32, learning_rate=1e-3),
     ),
     "phantom-lesion": Task(
         "phantom-lesion",
         "dice",
         "Outline of a spiculated lesion beside a smooth distractor",
         partial(phantom_dataset, "phantom-lesion", train=64, test=200),
-        Recipe(steps=60, batch_size=32, learning_rate=1e-3),
+        FineTuning(steps=60, batch_size=32, learning_rate=1e-3),
     ),
 }
 
 
-def image_folder_task(path: Path, name: str, *, kind: Kind = "auc") -> Task:
-    """A task from `path/<class>/<image>`; `dice` wants `<image>_mask.png` beside the images.
+def image_folder_task(path: Path, name: str = "", *, kind: Kind = "auc") -> Task:
+    """A task from `path/<class>/<image>`, named as the folder; `dice` wants `<image>_mask.png` beside the images.
 
     Raises:
         ConfigError: the name is taken or not of letters, digits, dot, dash and underscore.
     """
+    name = name or path.resolve().name
     if name in TASKS or not name.isascii() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ConfigError(f"{name!r} cannot be a task's name", step=f"choose another; taken: {', '.join(TASKS)}")
     what = "Class of an image" if kind == "auc" else "Outline on an image"
@@ -73,11 +74,11 @@ def image_folder_task(path: Path, name: str, *, kind: Kind = "auc") -> Task:
         kind,
         f"{what} from the folder brought for this run",
         partial(image_folder_dataset, path, with_masks=kind == "dice"),
-        Recipe(steps=120, batch_size=32, learning_rate=1e-3),
+        FineTuning(steps=120, batch_size=32, learning_rate=1e-3),
     )
 
 
-def select(names: list[str]) -> list[Task]:
+def named_tasks(names: list[str]) -> list[Task]:
     """Rows of `TASKS` by name.
 
     Raises:

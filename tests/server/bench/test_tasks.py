@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rin.common.errors import ConfigError
-from rin.server.bench.tasks import TASKS, image_folder_task, select
+from rin.server.bench.tasks import TASKS, image_folder_task, named_tasks
 
 
 def test_rows_carry_their_own_name_and_a_known_kind() -> None:
@@ -28,7 +28,7 @@ def test_names_that_would_be_paths_or_markup_are_refused(name: str) -> None:
         image_folder_task(Path(), name)
 
 
-def test_select_names_what_it_does_not_know() -> None:
-    assert [task.name for task in select(["phantom-lesion"])] == ["phantom-lesion"]
+def test_named_tasks_names_what_it_does_not_know() -> None:
+    assert [task.name for task in named_tasks(["phantom-lesion"])] == ["phantom-lesion"]
     with pytest.raises(ConfigError, match="unknown task nope"):
-        select(["nope", "phantom-lesion"])
+        named_tasks(["nope", "phantom-lesion"])
