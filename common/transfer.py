@@ -175,8 +175,10 @@ class _Upload:
             _raise_for(head)
             offset = _offset(head, total)
             self.reached = max(self.reached, offset)
-            where = f"bytes {offset}-{total - 1}/{total}" if offset < total else f"bytes */{total}"
-            headers = self._headers | {"Content-Range": where, "Content-Length": str(total - offset)}
+            headers = self._headers | {
+                "Content-Range": content_range(offset, total),
+                "Content-Length": str(total - offset),
+            }
             response = client.put(self._url, headers=headers, content=self._rest(file, offset, total))
         if self._is_there(response):
             return
@@ -219,6 +221,18 @@ class _Hash:
 
     def hexdigest(self) -> str:
         return self._sha.hexdigest()
+
+
+def content_range(offset: int, total: int) -> str:
+    """The Content-Range of the rest of a file from `offset` on (RFC 9110 section 14.4); the rest may be empty."""
+    return f"bytes {offset}-{total - 1}/{total}" if offset < total else f"bytes */{total}"
+
+
+def parse_content_range(text: str, total: int) -> int | None:
+    """The offset in a Content-Range of a file of `total` bytes; None unless `content_range` would write it so."""
+    match = _RANGE.fullmatch(text)
+    offset = int(match[1]) if match else total
+    return offset if content_range(offset, total) == text else None
 
 
 def make_client(address: str, ca: Path, proxy: str | None = None) -> httpx.Client:
