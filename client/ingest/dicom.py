@@ -37,7 +37,7 @@ from rin.client.ingest.header import (
 )
 from rin.client.ingest.pixels import GREY, PALETTE, Layout, compressed, layout_of, luma_of, native
 from rin.client.ingest.reasons import Refused
-from rin.client.ingest.skim import HEAD, skim
+from rin.client.ingest.skim import HEAD
 from rin.client.ingest.windowing import Grey, Lut, aspect_of, grey_of, render, render_colour, rescale, window_of
 
 INFLATED: Final = 1 << 29  # bytes of a deflated data set: 512 MiB
@@ -85,13 +85,18 @@ def read_header(path: Path) -> Header:
     return _header(_dataset(path, pixels=False))
 
 
-def pictures(path: Path, *, modality: str, frames: frozenset[int] | None = None) -> Iterator[Picture]:
+def pictures(
+    path: Path, *, modality: str, frames: frozenset[int] | None = None, header: Header | None = None
+) -> Iterator[Picture]:
     """Decode, window and shrink the wanted frames (from 1; None means all) of one file, in order.
+
+    Args:
+        header: the skimmed header, if the caller has it; pydicom reads the file where it is None or not simple.
 
     Raises:
         Refused: no frame can be read; refusals of single frames are yielded.
     """
-    source = _open(path, modality)
+    source = _open(path, modality, header)
     for index in range(source.layout.frames):
         if frames is None or index + 1 in frames:
             yield _picture(source, index)
@@ -107,15 +112,9 @@ def _picture(source: _Source, index: int) -> Picture:
     return Picture(index + 1, image.tobytes(), policy)
 
 
-def _open(path: Path, modality: str) -> _Source:
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD)
-            size = path.stat().st_size
-            header = skim(head, size=size)
-    except OSError:
-        raise Refused("unreadable") from None
-    simple = header is not None and header.complete and not header.meaning and header.syntax != EXPLICIT_BE
+def _open(path: Path, modality: str, header: Header | None) -> _Source:
+    simple = header is not None and header.complete and not header.from_dataset
+    simple = simple and header is not None and not header.meaning and header.syntax != EXPLICIT_BE
     if header is None or not simple or header.text("PhotometricInterpretation") == PALETTE:
         return _open_dataset(path, modality)
     if header.pixel_offset is None:

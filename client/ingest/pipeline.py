@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +16,12 @@ from rin.client.home import Home
 from rin.client.ingest.cache import Cache
 from rin.client.ingest.catalog import Catalog, ImageRow, Known
 from rin.client.ingest.header import Header
-from rin.client.ingest.mapping import LabelMapping, LocalLabel, LocalLabels, own_names, read_labels, read_mapping
+from rin.client.ingest.labelling import Labelling, Wanted
+from rin.client.ingest.mapping import own_names, read_labels, read_mapping
 from rin.client.ingest.pixels import Layout, layout_of
 from rin.client.ingest.pseudonyms import Pseudonyms, site_pseudonyms, split_of
 from rin.client.ingest.reasons import Refused
+from rin.client.ingest.report import IngestReport, Progress
 from rin.client.ingest.selection import Identity, anatomy, identity, select
 from rin.client.ingest.skim import HEAD, skim
 from rin.client.ingest.walk import Found, check_roots, walk
@@ -30,55 +31,11 @@ from rin.common.files import lock
 from rin.common.labels import label_set, label_set_digest
 
 _LOG = logging.getLogger(__name__)
+__all__ = ["IngestReport", "Progress", "explain", "ingest"]
 COMMIT_IMAGES: Final = 256
 _COMMIT_FILES: Final = 4096
 _AHEAD: Final = 24  # files under way for each worker
 _SITE: Final = re.compile(r"[A-Za-z0-9-]{1,32}")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far ingest is: `stage` is `scan` (total unknown) or `read`; counts are of files, `accepted` of images."""
-
-    stage: str
-    done: int
-    total: int
-    accepted: int
-    refused: int
-
-
-@dataclass(frozen=True, slots=True)
-class IngestReport:
-    """Everything that lies below the roots now, whether this run read it or an earlier one.
-
-    `files == accepted_files + sum(refused.values())`: each file has an accepted image or one reason. Frames that were
-    refused in a file with another, accepted frame are counted apart, in `refused_images`.
-
-    Args:
-        files: files below the roots.
-        accepted: images in the catalog from these files.
-        accepted_files: files with at least one of them.
-        refused: reason to files of which no image was accepted (the commonest reason of its frames).
-        refused_images: reason to single frames.
-        labels: label name to images.
-        unmapped: local label that the mapping does not know, to images; shown, never stored.
-        decoded: images that this run added.
-        seconds: wall time of this run.
-    """
-
-    files: int
-    accepted: int
-    accepted_files: int
-    refused: dict[str, int]
-    refused_images: dict[str, int]
-    labels: dict[str, int]
-    unmapped: dict[str, int]
-    decoded: int
-    seconds: float
-
-    def as_json(self) -> dict[str, Any]:
-        """The report as plain values; seconds to the millisecond."""
-        return asdict(self) | {"seconds": round(self.seconds, 3)}
 
 
 def ingest(
@@ -106,7 +63,7 @@ def ingest(
     if not _SITE.fullmatch(site):
         raise ConfigError(f"'{site}' is no site name", step="use 1 to 32 letters, digits and hyphens")
     checked = check_roots(roots)
-    labelling = _Labelling(read_labels(labels) if labels else None, read_mapping(mapping) if mapping else own_names())
+    labelling = Labelling(read_labels(labels) if labels else None, read_mapping(mapping) if mapping else own_names())
     with lock(home.catalog.with_name("ingest.lock"), holder="rin-client ingest"):
         names = site_pseudonyms(home.pseudonym_key, create=not home.catalog.exists())
         catalog = Catalog(home.catalog)
@@ -161,76 +118,6 @@ def _check_meta(catalog: Catalog, names: Pseudonyms, site: str) -> None:
             raise StateError(f"the catalog was made with another {key}", step=step)
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """Label indices of a file's frames: `every` for all of them, `frames` for single ones."""
-
-    every: tuple[int, ...] | None
-    frames: dict[int, tuple[int, ...]]
-    unmapped_frames: int
-    open: bool
-
-    def of(self, frame: int) -> tuple[int, ...]:
-        return tuple(sorted({*(self.every or ()), *self.frames.get(frame, ())}))
-
-    def decode(self) -> frozenset[int] | None:
-        """The frames to decode; None means all."""
-        return None if self.every is not None else frozenset(self.frames)
-
-
-@dataclass(slots=True)
-class _Labelling:
-    """Labels and mapping of one run, and the local labels that nothing maps."""
-
-    labels: LocalLabels | None
-    mapping: LabelMapping
-    unmapped: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def digest(self) -> bytes:
-        text = f"{self.labels.digest if self.labels else 'none'} {self.mapping.digest}"
-        return hashlib.sha256(text.encode()).digest()[:16]
-
-    def wanted(self, header: Header, modality: str, who: Identity, paths: tuple[str, ...]) -> _Wanted:
-        """What is known about the frames of one file.
-
-        Raises:
-            Refused: `unlabelled` or `unmapped-label`.
-        """
-        if self.labels is None:
-            return _Wanted((), {}, 0, open=False)
-        number = header.text("InstanceNumber")
-        found = self.labels.of(
-            instance=who.instance.decode("latin-1"),
-            series=who.series.decode("latin-1"),
-            number=str(int(number)) if number.isascii() and number.isdigit() else number,
-            paths=paths,
-        )
-        if not found:
-            raise Refused("unlabelled")
-        parts = (header.text("BodyPartExamined"), anatomy(header, modality).upper())
-        return self._map(found, modality, parts)
-
-    def _map(self, found: tuple[LocalLabel, ...], modality: str, parts: tuple[str, str]) -> _Wanted:
-        every: set[int] = set()
-        frames: dict[int, set[int]] = {}
-        unknown: set[int | None] = set()
-        for label in found:
-            indices = self.mapping.of(label, modality=modality, body_parts=parts)
-            if not indices:
-                self.unmapped[label.name] += 1
-                unknown.add(label.frame)
-            elif label.frame is None:
-                every.update(indices)
-            else:
-                frames.setdefault(label.frame, set()).update(indices)
-        if not every and not frames:
-            raise Refused("unmapped-label")
-        single = {frame: tuple(sorted(indices)) for frame, indices in frames.items()}
-        left_out = 0 if every else len(unknown - single.keys() - {None})
-        return _Wanted(tuple(sorted(every)) if every else None, single, left_out, open=bool(unknown))
-
-
 @dataclass(slots=True)
 class _Item:
     """One file on its way."""
@@ -246,7 +133,7 @@ class _Item:
     modality: str = ""
     who: Identity | None = None
     layout: Layout | None = None
-    wanted: _Wanted | None = None
+    wanted: Wanted | None = None
     keep: dict[int, int] | None = None  # frame to image id, where the cache holds the pixels already
     open: bool = False
 
@@ -260,7 +147,7 @@ class _Run:
     cache: Cache
     pool: Pool
     names: Pseudonyms
-    labelling: _Labelling
+    labelling: Labelling
     roots: list[Path]
     progress: Callable[[Progress], None] | None
     ahead: int
@@ -366,7 +253,7 @@ class _Run:
         item.open = item.wanted.open
         item.keep = self._in_cache(item, self.names.instance(item.who))
         if item.keep is None:
-            job = Job(item.found.path, item.modality, item.wanted.decode())
+            job = Job(item.found.path, item.modality, item.wanted.decode(), header)
             item.pixel_job = self.pool.submit(job)
 
     def _in_cache(self, item: _Item, instance: bytes) -> dict[int, int] | None:
@@ -421,7 +308,7 @@ class _Run:
             known = self.catalog.known(owner)
             if known and known.seen == self.number:
                 raise Refused("duplicate-instance")  # its twin was under way at the same time
-            self._forget_key(owner)
+            self.catalog.forget_file(owner)
         reasons: Counter[str] = Counter()
         accepted = 0
         for picture in outcome.pictures:
@@ -470,7 +357,7 @@ class _Run:
         for frame, image in keep.items():
             self.catalog.relabel(image, item.wanted.of(frame), b"")
         for key in owners | {item.key}:
-            self._forget_key(key)
+            self.catalog.forget_file(key)
         for frame, image in keep.items():
             self.catalog.relabel(image, item.wanted.of(frame), item.key)
         left_out = item.layout.frames - len(keep) - item.wanted.unmapped_frames
@@ -496,10 +383,7 @@ class _Run:
 
     def _forget(self, item: _Item) -> None:
         if item.known is not None:
-            self._forget_key(item.key)
-
-    def _forget_key(self, key: bytes) -> None:
-        self.catalog.forget_file(key)
+            self.catalog.forget_file(item.key)
 
     def _commit(self) -> None:
         """Pixels, fsync, then the catalog's transaction; only then are removed images overwritten."""

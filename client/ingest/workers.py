@@ -35,11 +35,12 @@ _STOP: Final = None
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One file: read its header with pydicom (no modality), or decode the wanted frames."""
+    """One file: read its header with pydicom (no modality), or decode the wanted frames by its skimmed header."""
 
     path: Path
     modality: str = ""
     frames: frozenset[int] | None = None
+    header: Header | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,7 @@ def _work(pipe: Connection, job: Job) -> None:
     outcome = Outcome()
     try:
         if job.modality:
-            for picture in pictures(job.path, modality=job.modality, frames=job.frames):
+            for picture in pictures(job.path, modality=job.modality, frames=job.frames, header=job.header):
                 pipe.send(picture)
         else:
             outcome = Outcome(header=read_header(job.path))
