@@ -60,7 +60,11 @@ def begin(run: RunDir, plan: Plan, plan_digest: str) -> Layout:
     """
     start = run.checkpoint(0)
     if start.exists():
-        check_plan(run, plan_digest)
+        if read_facts(start).get("plan") != plan_digest:
+            raise StateError(
+                f"{run.plan} was edited after the run began",
+                step="put the old plan back, or start a new run with the new one",
+            )
         return Layout.from_json(read_json(run.layout))
     network = initial(plan.model, plan.training.seed)
     layout = layout_of(network)
@@ -71,15 +75,6 @@ def begin(run: RunDir, plan: Plan, plan_digest: str) -> Layout:
     facts = facts_of(plan, plan_digest=plan_digest, round=0, updates={})
     save(start, network, layout, facts={**facts, "weights": digest})
     return layout
-
-
-def check_plan(run: RunDir, plan_digest: str) -> None:
-    """Raise StateError unless the run's checkpoint 0 was made by the plan with this digest."""
-    if read_facts(run.checkpoint(0)).get("plan") != plan_digest:
-        raise StateError(
-            f"{run.plan} was edited after the run began",
-            step="put the old plan back, or start a new run with the new one",
-        )
 
 
 def digest_of(run: RunDir, number: int) -> str:

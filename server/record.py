@@ -1,0 +1,109 @@
+"""round.json: what is known of one round; the state machine's memory, written whole at every step."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rin.common.errors import StateError
+from rin.common.files import read_json, write_json
+from rin.common.plan import Digest, MetricName, SiteName
+from rin.common.wire import RoundNumber
+from rin.server.rundir import RunDir
+
+State = Literal["open", "frozen", "closed", "failed"]
+
+# State to the states that may follow it. A failed round is opened again by the next start, with the receipts it has.
+FOLLOWS: Final[dict[str, frozenset[str]]] = {
+    "open": frozenset({"open", "frozen", "failed"}),
+    "frozen": frozenset({"closed"}),
+    "failed": frozenset({"open"}),
+    "closed": frozenset(),
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Counted(_Part):
+    """An update that passed every check. `norm` is its own, before clipping to the plan's limit."""
+
+    update: Digest
+    norm: float
+    labels: tuple[int, ...]
+    steps: int
+    metrics: dict[MetricName, float]
+    release: str
+    lock: Digest
+
+
+class Failure(_Part):
+    """One refusal, by the site or of its update; `code` is one of CODES."""
+
+    site: SiteName
+    code: str
+
+
+class Record(_Part):
+    """One round.
+
+    Attributes:
+        plan: digest of the plan that the round was opened with.
+        base: digest of the global weights that it starts from.
+        cohort: the sites that are asked, by name.
+        labels: head rows that each site has declared so far in the run.
+        elapsed_s: how long the round has been open while a coordinator ran, of the plan's deadline.
+        seconds: from opening to closing while a coordinator ran.
+        weights: digest of the new global weights, once closed.
+        reason: why the round failed.
+    """
+
+    round: RoundNumber
+    state: State
+    plan: Digest
+    base: Digest
+    cohort: tuple[SiteName, ...]
+    labels: dict[SiteName, tuple[int, ...]] = {}
+    receipts: dict[SiteName, Counted] = {}
+    failures: tuple[Failure, ...] = ()
+    elapsed_s: float = 0.0
+    seconds: float = 0.0
+    weights: str = ""
+    reason: str = ""
+
+    def with_(self, **changes: object) -> Record:
+        """A copy with `changes`, validated."""
+        return Record.model_validate({**dict(self), **changes})
+
+    def failures_of(self, site: str) -> int:
+        return sum(each.site == site for each in self.failures)
+
+
+def read_record(run: RunDir, number: int) -> Record | None:
+    """The record of round `number`; None if it was never opened.
+
+    Raises:
+        StateError: round.json is damaged.
+    """
+    path = run.round(number) / "round.json"
+    if not path.exists():
+        return None
+    read_json(path)  # says what is wrong in words
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise StateError(f"{path} is damaged", step="restore it from a backup of the run directory") from None
+
+
+def write_record(run: RunDir, record: Record) -> None:
+    """Replace round.json of the record's round."""
+    write_json(run.round(record.round) / "round.json", record.model_dump(mode="json"))
+
+
+def last_record(run: RunDir) -> Record | None:
+    """The record of the newest round; None before the first."""
+    rounds = run.round(1).parent
+    numbers = [int(path.parent.name) for path in rounds.glob("[0-9]*/round.json")] if rounds.is_dir() else []
+    return read_record(run, max(numbers)) if numbers else None
