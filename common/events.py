@@ -34,6 +34,7 @@ KINDS: Final[dict[str, tuple[str, ...]]] = {
     "site-failed": ("round", "site", "code"),
     "round-closed": ("round", "seconds"),
     "round-failed": ("round", "reason"),
+    "rounds-stopped": ("reason", "step"),  # an error that no repetition cures
     "run-finished": ("rounds",),
     "training": ("round", "step", "steps"),  # at a site
     "update-ready": ("round",),

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,12 +191,24 @@ def guard_clientapp(module: Any, outcome: _Outcome) -> None:
     )
 
 
+def _spare(module: str, name: str) -> None:
+    """Do not import `module`, whose package takes `name` from it and needs it for another command only.
+
+    Flower starts a ClientApp for every message; without its SuperNode's imports (SQLAlchemy and more) that costs 0.57
+    instead of 0.96 CPU-seconds and 88 instead of 121 MB.
+    """
+    spared = types.ModuleType(module)
+    setattr(spared, name, None)
+    sys.modules.setdefault(module, spared)
+
+
 def run_guarded_clientapp() -> None:
     """The `flwr-clientapp` of a site: runs the installed ClientApp and no other; fails closed without RIN_FAB_SHA256.
 
     Takes Flower's arguments from `sys.argv`. Dies with its SuperExec.
     """
     die_with_parent(_parent_pid(sys.argv))
+    _spare("flwr.supernode.cli.flower_supernode", "flower_supernode")
     from flwr.supernode.cli import flwr_clientapp
 
     guard_clientapp(importlib.import_module("flwr.supernode.runtime.run_clientapp"), _Outcome())
@@ -219,6 +232,7 @@ def guard_serverapp(module: Any) -> None:
 def run_guarded_serverapp() -> None:
     """The `flwr-serverapp` of a coordinator: runs the bundle of RIN_FAB_SHA256, no other; dies with its SuperExec."""
     die_with_parent(_parent_pid(sys.argv))
+    _spare("flwr.superlink.cli.flower_superlink", "flower_superlink")
     from flwr.superlink.cli import flwr_serverapp
 
     guard_serverapp(importlib.import_module("flwr.superlink.runtime.run_serverapp"))

@@ -4,7 +4,7 @@ What is kept out, because exception messages quote headers and paths and other l
 
 - the message of an exception: only its class, our code, and file:line:function of the frames are written;
 - an exception or a path among the arguments of a record: replaced by its class and code, or by `<path>`;
-- the text of every record of another library: replaced by its logger's name and level.
+- the text of every record of another library: of a warning or worse only its logger's name and level are kept.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Filter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.split(".", 1)[0] not in OURS:
+            if record.levelno < logging.WARNING:
+                return False
             record.msg, record.args = "a message of another library; its text is not kept", None
         elif isinstance(record.msg, BaseException):
             record.msg = name_of(record.msg)

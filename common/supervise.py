@@ -90,11 +90,11 @@ DIAGNOSES: Final[dict[str, tuple[Diagnosis, ...]]] = {
             "else ask whether `rin-server admit` was run",
             60.0,
         ),
+        # The coordinator keeps connections in memory: after its restart each SuperNode is told so and starts anew.
         Diagnosis(
-            r"401|UNAUTHORIZED|[Uu]nauthorized|[Uu]nauthenticated",
-            "the coordinator refused this site's signature: check that the clock is right to within a few seconds, "
-            "and that the site has not been revoked",
-            5.0,
+            r"401 Unauthorized",
+            "the coordinator no longer knows this connection: it has been restarted, or the site was revoked, or this "
+            "machine's clock is off by more than a few seconds",
         ),
         Diagnosis(
             r"Name or service not known|failure in name resolution|Connection refused|Connection attempt failed",

@@ -12,8 +12,9 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from rin.common import log as logs
-from rin.common.errors import RefusedError, StateError
-from rin.common.files import read_json
+from rin.common.errors import RefusedError, RinError, StateError
+from rin.common.events import Events
+from rin.common.files import lock, read_json
 from rin.common.flower import code_of_reason
 from rin.common.wire import RECORD, Request, read_reply_record, train_record
 from rin.server.rundir import RunDir
@@ -114,12 +115,15 @@ def main(grid: Grid, context: Context) -> None:
         _main(grid, run, epoch=int(cast(int, context.run_config["epoch"])))
     except Exception as error:
         log.exception("the rounds ended")
+        if isinstance(error, RinError):
+            Events(run.log / "events.jsonl").add("rounds-stopped", reason=error.message, step=error.step)
         raise RuntimeError(logs.name_of(error)) from None
 
 
 def _main(grid: Grid, run: RunDir, *, epoch: int) -> None:
     if read_json(run.facts)["epoch"] != epoch:
         raise StateError("this run was submitted by an earlier coordinator")
-    from rin.server import rounds  # imports torch
+    with lock(run.state / "rounds.lock", holder="rin-server run"):  # a round loop that hangs keeps a second one out
+        from rin.server import rounds  # imports torch
 
-    rounds.run(run, FlowerPort(grid, run), epoch=epoch)
+        rounds.run(run, FlowerPort(grid, run), epoch=epoch)

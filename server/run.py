@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 from rin.common import keys
@@ -26,6 +26,7 @@ from rin.common.plan import PROTOCOL, Plan, read_plan
 from rin.common.supervise import BACKOFF, Child, Report, Supervisor, stop_on_signals
 from rin.server import superlink
 from rin.server.members import members
+from rin.server.record import last_record
 from rin.server.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,9 @@ LINES: Final[dict[str, str]] = {
     "site-failed": "round {round}: {site} failed with {code}",
     "round-closed": "round {round}: closed after {seconds:.0f} s",
     "round-failed": "round {round}: failed: {reason}",
+    "rounds-stopped": "{reason}; next: {step}",
 }
+BAD: Final = frozenset({"round-failed", "rounds-stopped"})  # the run ends here; a person must act
 
 
 def line_of(event: Event) -> str | None:
@@ -101,20 +104,21 @@ def run_coordinator(
         return coordinator.main()
 
 
-def round_state(run: RunDir, number: int) -> dict[str, Any]:
-    """round.json of round `number`; empty if the round has not begun."""
-    path = run.round(number) / "round.json"
-    return read_json(path) if path.exists() else {}
-
-
 def finished(run: RunDir, plan: Plan) -> bool:
     """Whether the plan's last round is closed."""
-    return round_state(run, plan.training.rounds).get("state") == "closed"
+    last = last_record(run)
+    return last is not None and last.state == "closed" and last.round >= plan.training.rounds
+
+
+def is_open(run: RunDir) -> bool:
+    """Whether a round has begun and is not closed."""
+    last = last_record(run)
+    return last is not None and last.state != "closed"
 
 
 def _show(event: Event) -> None:
     if line := line_of(event):
-        (log.warning if event.kind == "round-failed" else log.info)("%s", line)
+        (log.error if event.kind in BAD else log.info)("%s", line)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -151,10 +155,11 @@ class _Coordinator:
     control: Control | None = None  # None while the SuperLink is not up, or no longer the one that we knew
     stopped: int = 0  # the signal that asked for the end
     flower_run: int | None = None
+    submitted: bool = False
     fruitless: int = 0
     submit_at: float = 0.0
     offset: int = 0  # in events.jsonl
-    failed: bool = False  # a round failed since this start
+    failed: bool = False  # an event of `BAD` came since this start
     members_seen: float = 0.0  # mtime of members.json
     next_look: float = 0.0
     next_reconcile: float = 0.0
@@ -227,7 +232,7 @@ class _Coordinator:
                 self.reconcile(now)
             if "gateway" not in supervisor:
                 supervisor.start(self.gateway())
-            self.look_at_run(now)
+            self.look_at_run(now, supervisor)
         except StateError as error:
             log.warning("%s", error.message)  # the SuperLink is going down; the supervisor sees to it
 
@@ -264,12 +269,17 @@ class _Coordinator:
                 log.info("not connected: %s", ", ".join(away))
             if strangers:
                 log.info("in the plan but not admitted: %s", ", ".join(strangers))
+                if not self.due():
+                    log.warning("a round needs %d members; admit with `rin-server admit`", self.plan.limits.quorum)
 
-    def look_at_run(self, now: float) -> None:
+    def look_at_run(self, now: float, supervisor: Supervisor) -> None:
         """Submit the rounds, or notice that they ended."""
         assert self.control is not None
         if self.flower_run is None:
-            if now >= self.submit_at and not self.failed and not finished(self.run, self.plan):
+            if now >= self.submit_at and self.due():
+                if self.submitted:
+                    supervisor.restart("superexec")  # with it ends a ServerApp that Flower has given up but still runs
+                self.submitted = True
                 self.flower_run = self.control.start_run(self.fab, {"protocol": PROTOCOL, "epoch": self.epoch})
                 self.events.add("flower-run", state="submitted")
         elif self.control.run_status(self.flower_run).finished:
@@ -281,14 +291,21 @@ class _Coordinator:
                 log.warning("the rounds' process ended before the plan did; it is started again")
                 self.events.add("flower-run", state="ended")
 
+    def due(self) -> bool:
+        """Whether the rounds can go on: they are not over, and a new round would find enough members."""
+        if self.failed or finished(self.run, self.plan):
+            return False
+        there = set(self.plan.sites) & set(members(self.run))
+        return len(there) >= self.plan.limits.quorum or is_open(self.run)
+
     def drain(self) -> None:
         """Show the events that are new."""
         found, self.offset = read_events(self.events.path, self.offset)
         for event in found:
             self.follow(event)
-            if event.kind.startswith(("round-", "receipt")):
+            if event.kind in ("round-opened", "receipt", "round-closed"):
                 self.fruitless = 0
-            self.failed |= event.kind == "round-failed"
+            self.failed |= event.kind in BAD
 
     def gateway(self) -> Child:
         """The only public listener; it starts once the SuperLink knows the members, so that no site is turned away."""
