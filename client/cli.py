@@ -15,7 +15,7 @@ from rin.common.errors import ConfigError
 from rin.common.terminal import confirm, progress_printer, run_app, version_option
 
 if TYPE_CHECKING:
-    from rin.client.ingest.pipeline import IngestReport
+    from rin.client.ingest.report import IngestReport
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -107,7 +107,7 @@ def ingest(
 ) -> None:
     """Read the DICOM archive into catalog and cache; what is known is skipped, so it may be stopped at any time."""
     from rin.client import site as sites
-    from rin.client.ingest import pipeline
+    from rin.client.ingest import pipeline, sheet
 
     here = _home(home)
     settings = sites.read_site(here) if here.site_toml.is_file() else None
@@ -128,25 +128,25 @@ def ingest(
         roots=roots,
         labels=labels or (settings.archive.labels if settings else None),
         mapping=mapping or (settings.archive.mapping if settings else None),
-        progress=lambda state: show(state.files, state.total),
+        progress=lambda state: show(state.done, state.total if state.stage == "read" else 0),
     )
     if contact_sheet is not None:
-        pipeline.contact_sheet(here, contact_sheet)
+        sheet.contact_sheet(here, contact_sheet)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), sort_keys=True))
+        typer.echo(json.dumps(report.as_json(), sort_keys=True))
     else:
         _print_report(report, contact_sheet)
 
 
-def _print_report(report: IngestReport, sheet: Path | None) -> None:
+def _print_report(report: IngestReport, drawn: Path | None) -> None:
     typer.echo(f"{report.files} files, {report.accepted} images accepted, {report.seconds:.1f} s")
     for title, counts in (("refused", report.refused), ("labels", report.labels), ("unmapped", report.unmapped)):
         for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
             typer.echo(f"  {title:<9}{count:>8}  {name}")
     if report.refused:
         typer.echo("next: `rin-client ingest --explain` shows the paths behind the reasons, on this terminal only")
-    if sheet is not None:
-        typer.echo(f"contact sheet: {sheet} (images of patients: delete it when you have looked)")
+    if drawn is not None:
+        typer.echo(f"contact sheet: {drawn} (images of patients: delete it when you have looked)")
 
 
 @app.command()
@@ -177,9 +177,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """What this site is doing: agent, trainer, last round, last contact, catalog."""
-    from rin.client import agent
+    from rin.client import status as overview
 
-    facts = agent.status(_home(home))
+    facts = overview.status(_home(home))
     if as_json:
         typer.echo(json.dumps(facts, sort_keys=True))
         return
