@@ -1,18 +1,16 @@
 """The airlock between the network side and the trainer: gRPC on a Unix socket.
 
 `python -m rin.client.airlock --home DIR` is the trainer process. The only file that imports grpc. Server
-and client are here together, since they share the socket's path and limits.
+and client are here together, since they share their limits.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import logging
 import os
 import signal
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from rin.client import trainer_pb2 as pb
 from rin.client import trainer_pb2_grpc as pb_grpc
 from rin.client.home import Home, default_root
 from rin.client.policy import MAX_PLAN
+from rin.client.rendezvous import socket_path
 from rin.client.trainer import Done, Progress, State, Trainer, warm_up
 from rin.common.errors import CODES, RefusedError, RinError, StateError
 from rin.common.files import lock
@@ -35,7 +34,6 @@ from rin.common.wire import Request, from_bytes
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE: Final = MAX_PLAN + (64 << 10)  # bytes; no message here holds weights
-MAX_SOCKET_PATH: Final = 107  # bytes, unix(7)
 MAX_STREAMS: Final = 8  # calls at once; one Train stream and a few Hellos are normal
 PULSE: Final = 0.5  # seconds between two events of a stream
 LIMITS: Final = [
@@ -43,36 +41,6 @@ LIMITS: Final = [
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.enable_http_proxy", 0),
 ]
-
-
-def socket_path(home: Home) -> Path:
-    """Where the socket of `home` is: `RIN_SOCKET`, else a short 0700 directory of this user.
-
-    Not below the home: such paths may be longer than a Unix socket allows, or on a file system without sockets.
-
-    Raises:
-        StateError: the directory is somebody else's, or the path is too long.
-    """
-    if given := os.environ.get("RIN_SOCKET"):
-        path = Path(given)
-    else:
-        name = hashlib.sha256(os.fsencode(home.root.resolve())).hexdigest()[:8]
-        runtime = os.environ.get("XDG_RUNTIME_DIR")
-        folder = Path(runtime) / f"rin-{name}" if runtime else Path(f"/tmp/rin-{os.getuid()}-{name}")
-        _own_directory(folder)
-        path = folder / "t.sock"
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-        raise StateError(f"the socket's path is longer than {MAX_SOCKET_PATH} bytes", step="set RIN_SOCKET")
-    return path
-
-
-def _own_directory(folder: Path) -> None:
-    """Make `folder` with mode 0700, or check that it is such a directory of this user."""
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    facts = folder.lstat()
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
-        raise StateError(f"{folder} is not a private directory of this user", step="remove it, or set RIN_SOCKET")
 
 
 # --- the trainer's side -----------------------------------------------------------------------------------------

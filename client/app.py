@@ -15,8 +15,9 @@ from typing import Any, Final
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from rin.client.airlock import Stub, socket_path
+from rin.client.airlock import Stub
 from rin.client.home import Home, default_root
+from rin.client.rendezvous import socket_path
 from rin.client.trainer import Done
 from rin.common.errors import RefusedError, RinError, StateError
 from rin.common.events import Events

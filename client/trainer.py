@@ -33,6 +33,9 @@ from rin.common.plan import PROTOCOL, Plan
 from rin.common.wire import Manifest, Request, lock_digest
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from rin.client.data import TrainingData
     from rin.common.backbones import Network
     from rin.common.fit import FitResult
@@ -121,10 +124,10 @@ class Trainer:
         if request.site != site.site or request.round > plan.training.rounds:
             raise RefusedError("bad-request", "the request is for another site, or for a round beyond the plan")
         images = TrainingData.open(self.home, labels=site.labels.rows(), split="train")
-        self._agree(plan, request.plan, site, images.patients)
+        self._agree(plan, request.plan, site, images.n_patients)
         stored = self.jobs.stored(request)
         if stored is None:
-            if len(images) == 0:
+            if images.n_images == 0:
                 raise RefusedError("no-data")
             self.jobs.admit(request, max_rounds=site.policy.max_rounds)
             self.jobs.prune(request)
@@ -203,7 +206,7 @@ class Trainer:
         try:
             return fit.fit_round(
                 network,
-                images,
+                _Batches(images),
                 plan,
                 rows=site.labels.rows(),
                 exhaustive_rows=site.labels.exhaustive_rows(),
@@ -285,6 +288,19 @@ class Trainer:
         with contextlib.suppress(OSError):
             now = datetime.now(UTC).isoformat(timespec="seconds")
             write_json(self.home.root / "vault" / "status.json", {"time": now, **fields}, mode=0o600)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """The site's training images as the training loop reads them, see `rin.common.batches.Data`."""
+
+    images: TrainingData
+
+    def __len__(self) -> int:
+        return self.images.n_images
+
+    def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        return self.images.images(index), self.images.targets(index) > 0
 
 
 class _Watch:

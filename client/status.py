@@ -1,0 +1,81 @@
+"""What `rin-client status` shows: read from the files of a home, whether anything runs or not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from rin.client.home import Home
+from rin.common.errors import StateError
+from rin.common.files import lock, read_json
+
+
+def status(home: Home) -> dict[str, Any]:
+    """Agent, coordinator, trainer, airlock, catalog; None for what is not known, or not readable for this user.
+
+    Raises:
+        StateError: there is no such home.
+    """
+    if not home.root.is_dir():
+        raise StateError(f"{home.root} is no site directory", step="check --home, or run `rin-client join INVITE`")
+    place, agent = _facts(home.net / "coordinator.json"), _facts(home.net / "agent.json")
+    running = _held(home.net / "agent.lock")
+    trainer = _facts(home.root / "vault" / "status.json")
+    if not _held(home.jobs / "trainer.lock"):
+        trainer = {key: value for key, value in trainer.items() if key in ("round", "time", "code")}
+        trainer["state"] = "stopped"
+    return {
+        "site": place.get("site"),
+        "agent": "running" if running else "stopped",
+        "coordinator": {
+            "address": place.get("address"),
+            "connected": bool(running and agent.get("connected")),
+            "state": agent.get("coordinator") if running else None,
+            "last_contact": agent.get("last_contact"),
+        },
+        "trainer": trainer,
+        "airlock": _airlock(home, agent),
+        "catalog": _catalog(home.catalog),
+    }
+
+
+def _airlock(home: Home, agent: dict[str, Any]) -> str | None:
+    """Whether the kernel held both halves apart when they were last started."""
+    halves = (agent.get("files_hidden"), _facts(home.vault_log / "airlock.json").get("trainer"))
+    if None in halves:
+        return None
+    return "enforced" if all(halves) else "by convention"
+
+
+def _held(path: Path) -> bool:
+    """Whether a living process holds the lock at `path`."""
+    if not os.access(path, os.R_OK | os.W_OK):
+        return False
+    try:
+        with lock(path, holder="rin-client"):
+            return False
+    except StateError:
+        return True
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(StateError, OSError):
+        return read_json(path)
+    return {}
+
+
+def _catalog(path: Path) -> dict[str, int | None]:
+    """Images, patients and files without an image; never a row."""
+    queries = {
+        "images": "SELECT count(*) FROM images",
+        "patients": "SELECT count(DISTINCT patient) FROM images",
+        "files_refused": "SELECT count(*) FROM files WHERE reason NOT NULL",
+    }
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            return {name: db.execute(query).fetchone()[0] for name, query in queries.items()}
+    except (sqlite3.Error, OSError):
+        return dict.fromkeys(queries)
