@@ -309,6 +309,20 @@ def _start_time(pid: int) -> str:
         return ""
 
 
+def note_process(path: Path) -> None:
+    """Write into `path` which process this is, for `noted_alive`."""
+    write_atomic(path, f"{os.getpid()} {_start_time(os.getpid())}\n".encode())
+
+
+def noted_alive(path: Path) -> bool:
+    """Whether the process that `path` names still runs; a later one with the same pid is another process."""
+    try:
+        pid, started = path.read_text().split()
+    except (OSError, ValueError):
+        return False
+    return bool(started) and started == _start_time(int(pid))
+
+
 def _kill_leftover(path: Path) -> None:
     """Kill the group that the pid file `path` names, if it is still that process."""
     with contextlib.suppress(OSError, ValueError):

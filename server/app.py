@@ -16,9 +16,10 @@ from rin.common.errors import RefusedError, RinError, StateError
 from rin.common.events import Events
 from rin.common.files import lock, read_json
 from rin.common.flower import code_of_reason
+from rin.common.supervise import note_process
 from rin.common.wire import RECORD, Request, read_reply_record, train_record
 from rin.server.rundir import RunDir
-from rin.server.superlink import RUN_ENV, read_nodes
+from rin.server.superlink import RUN_ENV, read_nodes, serverapp_file
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def _main(grid: Grid, run: RunDir, *, epoch: int) -> None:
     if read_json(run.facts)["epoch"] != epoch:
         raise StateError("this run was submitted by an earlier coordinator")
     with lock(run.state / "rounds.lock", holder="rin-server run"):  # a round loop that hangs keeps a second one out
+        note_process(serverapp_file(run))
         from rin.server import rounds  # imports torch
 
         rounds.run(run, FlowerPort(grid, run), epoch=epoch)

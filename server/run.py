@@ -6,6 +6,7 @@ whenever it ends before the plan does. No torch here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import sys
@@ -23,7 +24,7 @@ from rin.common.events import Event, Events, read_events
 from rin.common.files import lock, read_json, write_json
 from rin.common.flower import Control, child_env, stub_fab
 from rin.common.plan import PROTOCOL, Plan, read_plan
-from rin.common.supervise import BACKOFF, Child, Report, Supervisor, stop_on_signals
+from rin.common.supervise import BACKOFF, Child, Report, Supervisor, noted_alive, stop_on_signals
 from rin.server import superlink
 from rin.server.members import members
 from rin.server.record import last_record
@@ -164,7 +165,8 @@ class _Coordinator:
     next_look: float = 0.0
     next_reconcile: float = 0.0
     next_reminder: float = 0.0
-    online: frozenset[str] | None = None
+    known: frozenset[str] | None = None  # members at the last look
+    online: frozenset[str] = frozenset()
 
     @property
     def events(self) -> Events:
@@ -249,19 +251,22 @@ class _Coordinator:
         assert self.control is not None
         seen = self.run.members.stat().st_mtime_ns
         done = superlink.reconcile(self.run, self.control)
-        first = self.online is None
-        for kind, sites in (("member-admitted", done.admitted), ("member-revoked", done.revoked)):
-            for site in sorted(sites) if not first else ():
-                self.events.add(kind, site=site)
-        before = self.online or frozenset()
-        for kind, sites in (("site-online", done.online - before), ("site-away", before - done.online)):
-            for site in sorted(sites):
-                self.events.add(kind, site=site)
-        self.members_seen, self.online, self.next_reconcile = seen, done.online, now + RECONCILE
+        there = frozenset(members(self.run))
+        known = there if self.known is None else self.known
+        self.tell("member-admitted", there - known)
+        self.tell("member-revoked", known - there)
+        self.tell("site-online", done - self.online)
+        self.tell("site-away", self.online - done)
+        self.known = there
+        self.members_seen, self.online, self.next_reconcile = seen, done, now + RECONCILE
         self.remind(now)
 
+    def tell(self, kind: str, sites: frozenset[str]) -> None:
+        for site in sorted(sites):
+            self.events.add(kind, site=site)
+
     def remind(self, now: float) -> None:
-        away = sorted(set(members(self.run)) - (self.online or frozenset()))
+        away = sorted(set(members(self.run)) - self.online)
         strangers = sorted(set(self.plan.sites) - set(members(self.run)))
         if (away or strangers) and now >= self.next_reminder:
             self.next_reminder = now + REMIND
@@ -279,17 +284,25 @@ class _Coordinator:
             if now >= self.submit_at and self.due():
                 if self.submitted:
                     supervisor.restart("superexec")  # with it ends a ServerApp that Flower has given up but still runs
+                superlink.serverapp_file(self.run).unlink(missing_ok=True)
                 self.submitted = True
                 self.flower_run = self.control.start_run(self.fab, {"protocol": PROTOCOL, "epoch": self.epoch})
                 self.events.add("flower-run", state="submitted")
-        elif self.control.run_status(self.flower_run).finished:
+        elif self.control.run_status(self.flower_run).finished or self.serverapp_died():
+            with contextlib.suppress(StateError):
+                self.control.stop_run(self.flower_run)
             self.flower_run = None
             self.submit_at = now + BACKOFF[min(self.fruitless, len(BACKOFF) - 1)]
             self.fruitless += 1
             self.drain()
-            if not self.failed and not finished(self.run, self.plan):
+            if self.due():
                 log.warning("the rounds' process ended before the plan did; it is started again")
                 self.events.add("flower-run", state="ended")
+
+    def serverapp_died(self) -> bool:
+        """Whether the ServerApp of this submission has begun and is gone."""
+        path = superlink.serverapp_file(self.run)
+        return path.exists() and not noted_alive(path)
 
     def due(self) -> bool:
         """Whether the rounds can go on: they are not over, and a new round would find enough members."""

@@ -11,7 +11,6 @@ import http.client
 import os
 import secrets
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -88,41 +87,38 @@ class Registry(Protocol):
     def unregister_node(self, node_id: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Reconciled:
-    """What `reconcile` did and found. `online`: members whose node is connected now."""
-
-    admitted: frozenset[str]
-    revoked: frozenset[str]
-    online: frozenset[str]
-
-
-def reconcile(run: RunDir, control: Registry) -> Reconciled:
+def reconcile(run: RunDir, control: Registry) -> frozenset[str]:
     """Make the SuperLink's list of nodes that of members.json, and write nodes.json {site: node id}.
 
     Nodes are matched by public key, never by name: a renewed key is a new node, and the old one is unregistered.
 
+    Returns:
+        The members whose node is connected now.
+
     Raises:
         StateError: members.json is damaged, or the SuperLink does not answer.
     """
-    wanted = {node_key(member.node_key): site for site, member in members(run).items()}
+    wanted = {node_key(member.node_key): member for member in members(run).values()}
     nodes: dict[str, int] = {}
-    online, admitted, revoked = set[str](), set[str](), set[str]()
+    online = set[str]()
     for node in control.list_nodes():
-        site = wanted.get(node.public_key)
-        if site is None or site in nodes:
+        member = wanted.pop(node.public_key, None)
+        if member is None:
             control.unregister_node(node.id)
-            revoked.add(node.name)
-        else:
-            nodes[site] = node.id
-            online |= {site} if node.status == "online" else set()
-    for member in members(run).values():
-        if member.site not in nodes and node_key(member.node_key) in wanted:
-            nodes[member.site] = control.register_node(member.node_key, member.site)
-            admitted.add(member.site)
+            continue
+        nodes[member.site] = node.id
+        if node.status == "online":
+            online.add(member.site)
+    for member in wanted.values():
+        nodes[member.site] = control.register_node(member.node_key, member.site)
     if read_nodes(run) != nodes:
         write_json(nodes_file(run), nodes)
-    return Reconciled(frozenset(admitted), frozenset(revoked - admitted), frozenset(online))
+    return frozenset(online)
+
+
+def serverapp_file(run: RunDir) -> Path:
+    """Where the ServerApp notes which process it is: Flower tells of its death only after 40 s."""
+    return run.state / "serverapp.pid"
 
 
 def nodes_file(run: RunDir) -> Path:
