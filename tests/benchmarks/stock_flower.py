@@ -77,7 +77,7 @@ def main(grid, context):
     )
     strategy.start(
         grid=grid,
-        initial_arrays=ArrayRecord(resnet50(weights=None).state_dict()),
+        initial_arrays=ArrayRecord(resnet50(weights=None, num_classes=165).state_dict()),
         num_rounds=context.run_config["rounds"],
         evaluate_fn=mark,
     )
