@@ -42,6 +42,7 @@ _STYLE: Final[Any] = {
     "ytick.color": INK,
     "legend.frameon": False,
     "svg.hashsalt": "rin",
+    "text.parse_math": False,  # a name with dollar signs is a name
 }
 
 

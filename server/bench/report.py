@@ -14,16 +14,15 @@ from jinja2 import Environment, StrictUndefined
 
 from rin.common.files import write_atomic
 from rin.server.bench import plots
-from rin.server.bench.summary import MEASURES, Checkpoint, RoundFacts, Summary
+from rin.server.bench.summary import MEASURES, VERDICTS, Checkpoint, RoundFacts, Summary
 
 RANDOM: Final = "random weights"
 Grey = npt.NDArray[np.uint8]
 
-PRIVACY: Final = {
-    "none": "No privacy mechanism was used in this training (mode: none). Each site agreed to that in its site file, "
-    "with a name and a date. Images and labels stayed at the sites; what left them were weights and the metrics shown "
-    "here. Weights trained without a mechanism can reveal something about single patients: treat them as patient data "
-    "until your privacy officer says otherwise.",
+# By the privacy mode of the plan of the run: what its sites did.
+AT_THE_SITES: Final = {
+    "none": "Privacy mode of the run: none. Each site agreed to that in its site file, with a name and a date. Images "
+    "and labels stayed at the sites; weights and the metrics shown here left them.",
 }
 UNKNOWN_PRIVACY: Final = "The weight file does not say how it was trained, so nothing can be said about privacy."
 
@@ -67,30 +66,28 @@ def render(summary: Summary, examples: Mapping[str, Examples]) -> str:
         colours={"truth": _css(plots.TRUTH), "predicted": _css(plots.PREDICTED)},
         task_rows={task.name: _rows({**task.dataset, **task.recipe}) for task in summary.tasks},
         provenance=[_provenance(checkpoint) for checkpoint in summary.checkpoints],
-        mode=mode(summary),
-        privacy=PRIVACY.get(mode(summary), UNKNOWN_PRIVACY),
+        privacy=privacy(summary),
     )
 
 
 def headline(summary: Summary) -> str:
-    """One sentence about the last checkpoint: on how many tasks it helped."""
+    """One sentence about the last checkpoint: where it helped, where not, and no more than the intervals say."""
     last = summary.checkpoints[-1].name
-    verdicts = [score.verdict for score in summary.scores if score.checkpoint == last]
-    count = {word: verdicts.count(word) for word in ("better", "worse", "no clear difference")}
-    tasks = "the task" if len(verdicts) == 1 else f"{count['better']} of {len(verdicts)} tasks"
-    if count["better"] == len(verdicts) == 1 or count["better"]:
-        text = f"Starting from the pretrained backbone {last} is better than starting from random weights on {tasks}."
-    elif count["worse"]:
-        text = f"The pretrained backbone {last} did not help on any task."
-    else:
-        text = f"The pretrained backbone {last} shows no clear difference from random weights."
-    rest = [f"{count[word]} {word}" for word in ("no clear difference", "worse") if count[word] and count["better"]]
-    return text + (f" On the others: {', '.join(rest)}." if rest else "")
+    verdicts = {score.task: score.verdict for score in summary.scores if score.checkpoint == last}
+    parts = []
+    for word in VERDICTS:
+        tasks = [task for task, verdict in verdicts.items() if verdict == word]
+        if tasks:
+            count = "every task" if len(tasks) > 1 and len(tasks) == len(verdicts) else " and ".join(tasks)
+            parts.append(f"{word} on {count}")
+    return f"Compared with random weights, the pretrained backbone {last} is " + ", ".join(parts) + "."
 
 
-def mode(summary: Summary) -> str:
-    """The privacy mode of the training, or `unknown`."""
-    return str(summary.run.get("privacy") or summary.checkpoints[-1].facts.get("privacy") or "unknown")
+def privacy(summary: Summary) -> list[str]:
+    """The privacy statements: each checkpoint's own, then what the run's plan says."""
+    own = dict.fromkeys(str(each.facts.get("privacy", UNKNOWN_PRIVACY)) for each in summary.checkpoints)
+    run = AT_THE_SITES.get(str(summary.run.get("privacy")))
+    return [*own, *([run] if run else [])]
 
 
 def _css(rgb: tuple[int, int, int]) -> str:
@@ -121,18 +118,19 @@ def _pictures(example: Examples) -> list[dict[str, Any]]:
 
 
 def _round(facts: RoundFacts) -> dict[str, Any]:
-    counted = [site for site in facts.sites if not site.code]
     return {
         "number": facts.number,
-        "seconds": "" if facts.seconds is None else f"{facts.seconds:.0f}",
-        "counted": [site.site for site in counted],
-        "refused": [f"{site.site}: {site.code}" for site in facts.sites if site.code],
-        "loss": [f"{site.site} {site.metrics['loss']:.3f}" for site in counted if "loss" in site.metrics],
+        "seconds": f"{facts.seconds:.0f}",
+        "counted": [each.site for each in facts.sites],
+        "loss": [f"{each.site} {each.metrics['loss']:.3f}" for each in facts.sites if "loss" in each.metrics],
+        "failures": [f"{site}: {code}{f', {n} times' if n > 1 else ''}" for site, code, n in facts.failures],
     }
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    rows = [("SHA-256 of the weights", checkpoint.digest), *_rows(checkpoint.facts)]
+    """A checkpoint's facts as rows of text; the privacy statement has its own place."""
+    facts = {key: value for key, value in checkpoint.facts.items() if key not in ("privacy", "weights")}
+    rows = [("SHA-256 of the weights", checkpoint.digest), *_rows(facts)]
     return {"name": checkpoint.name, "rows": rows}
 
 

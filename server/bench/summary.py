@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -12,7 +12,8 @@ from rich.text import Text
 from rin.server.bench.statistics import Comparison, Interval
 from rin.server.bench.tasks import Kind
 
-Verdict = Literal["better", "no clear difference", "worse"]
+Verdict = Literal["better", "not clearly different", "worse"]
+VERDICTS: Final[dict[Verdict, str]] = {"better": "green", "not clearly different": "yellow", "worse": "red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +50,25 @@ class TaskScore:
     def verdict(self) -> Verdict:
         """Where the whole interval of the difference lies."""
         difference = self.comparison.difference
-        return "better" if difference.low > 0 else "worse" if difference.high < 0 else "no clear difference"
+        return "better" if difference.low > 0 else "worse" if difference.high < 0 else "not clearly different"
 
 
 @dataclass(frozen=True, slots=True)
 class SiteRound:
-    """What one site sent in one round: its metrics, or the code of its refusal."""
+    """What one site measured on its own training images in one round; top1 and top5 are shares of them."""
 
     site: str
     metrics: dict[str, float]
-    code: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundFacts:
-    """One closed round; `seconds` from opening to closing, None where it is not known."""
+    """One closed round; `failures` are (site, code, how often), `seconds` are from opening to closing."""
 
     number: int
-    seconds: float | None
+    seconds: float
     sites: tuple[SiteRound, ...]
+    failures: tuple[tuple[str, str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,6 @@ def summary_table(summary: Summary) -> Table:
     for name in ("from checkpoint", "from random", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    colours = {"better": "green", "worse": "red", "no clear difference": "yellow"}
     for score in summary.scores:
         found = score.comparison
         name = f"{score.task}, {MEASURES[summary.task(score.task).kind]}"
@@ -127,7 +127,7 @@ def summary_table(summary: Summary) -> Table:
             Text(figure(found.checkpoint)),
             Text(figure(found.random)),
             Text(figure(found.difference, signed=True)),
-            Text(score.verdict, style=colours[score.verdict]),
+            Text(score.verdict, style=VERDICTS[score.verdict]),
         )
     return table
 
