@@ -56,10 +56,11 @@ def _files(places: Sequence[Path]) -> Iterator[Path]:
             yield place
 
 
-def _pattern(strings: Sequence[bytes]) -> re.Pattern[bytes]:
-    """Matches any of `strings`, also in UTF-16 and whatever the case."""
-    forms = {form for text in strings for form in (text, text.decode().encode("utf-16-le"))}
-    return re.compile(b"|".join(map(re.escape, sorted(forms, key=len, reverse=True))) or b"(?!)", re.IGNORECASE)
+def _needles(strings: Sequence[bytes]) -> list[bytes]:
+    """What to look for in lower-cased bytes so that none of `strings` is missed, in UTF-8 and UTF-16."""
+    # A string that holds another one is found with it: nearly all canaries hold the marker or the UID root.
+    short = [text for text in strings if not any(other != text and other in text for other in strings)]
+    return [form.lower() for text in short for form in (text, text.decode().encode("utf-16-le"))]
 
 
 def _dates(dates: Sequence[bytes]) -> re.Pattern[bytes]:
@@ -69,18 +70,18 @@ def _dates(dates: Sequence[bytes]) -> re.Pattern[bytes]:
 
 def search(places: Sequence[Path], canaries: Canaries) -> Search:
     """Look for `canaries` in every byte of the files in and below `places`, and in their names."""
-    # Any canary text contains the marker or the UID root as a rule; the few that do not are searched one by one.
-    short = [t for t in canaries.anywhere if not any(o != t and o in t for o in canaries.anywhere)]
-    anywhere, dates = _pattern(short), _dates(canaries.in_text)
+    needles, dates = _needles(canaries.anywhere), _dates(canaries.in_text)
     overlap = 2 * max(map(len, canaries.anywhere + canaries.in_text))
     hits, searched = [], 0
     for path in _files(places):
-        patterns = [anywhere, dates] if path.suffix in TEXT else [anywhere]
-        hits += [Hit(path, m[0]) for m in [anywhere.search(path.name.encode())] if m]
+        hits += [Hit(path, needle) for needle in needles if needle in path.name.encode().lower()]
         with path.open("rb") as file:
             tail = b""
             while block := file.read(BLOCK):
                 searched += len(block)
-                hits += [Hit(path, match[0]) for p in patterns for match in p.finditer(tail + block)]
+                data = (tail + block).lower()
+                hits += [Hit(path, needle) for needle in needles if needle in data]
+                if path.suffix in TEXT:
+                    hits += [Hit(path, match[0]) for match in dates.finditer(data)]
                 tail = block[-overlap:]
     return Search(len(canaries.anywhere) + len(canaries.in_text), searched, tuple(dict.fromkeys(hits)))

@@ -279,13 +279,18 @@ def _follow(this: Demo, coordinator: subprocess.Popen[bytes], agents: dict[str, 
                 raise StateError(
                     f"the agent of {site} ended with {agent.returncode}", step=f"read {this.out / 'log'}/{site}.log"
                 )
-        states = [_status(this.home(site)) for site in SITES]
-        total = sum(state.get("steps") or 0 for state in states)
-        if total and any(state.get("state") == "training" for state in states):
-            show(sum(state.get("step") or 0 for state in states), total)
+        done, total = _steps(this)
+        if done < total:
+            show(done, total)
         time.sleep(0.5)
     for event in read_events(log, offset)[0]:
         _show(this, event)
+
+
+def _steps(this: Demo) -> tuple[int, int]:
+    """Optimizer steps done and all steps of the sites that train at this moment."""
+    states = [state for site in SITES if (state := _status(this.home(site))).get("state") == "training"]
+    return sum(state.get("step", 0) for state in states), sum(state.get("steps", 0) for state in states)
 
 
 def _status(home: Path) -> dict[str, Any]:
