@@ -17,7 +17,7 @@ from rin.common.labels import label_set
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """The images of one split that carry at least one declared label; image `i` is the same one in every process.
+    """The images of one split, or of all, that carry at least one declared label; image `i` is the same one in every process.
 
     The order is by pseudonyms, so that the same archive and key give the same order however they were ingested.
 
@@ -39,12 +39,12 @@ class TrainingData:
     _shards: tuple[NDArray[np.uint8], ...]
 
     @classmethod
-    def open(cls, home: Home, *, labels: Sequence[int], split: str) -> TrainingData:
+    def open(cls, home: Home, *, labels: Sequence[int], split: str | None) -> TrainingData:
         """Read the catalog and map the cache.
 
         Args:
             labels: the declared label indices; an image without any of them is left out, other labels are dropped.
-            split: `train`, `val` or `test`.
+            split: `train`, `val` or `test`; None for all patients.
 
         Raises:
             StateError: nothing was ingested, or the cache is shorter than the catalog says.

@@ -28,7 +28,7 @@ class Codestream:
     ybr: bool | None = None
 
 
-def sniff(frame: bytes) -> Kind | None:
+def sniff(frame: bytes | bytearray) -> Kind | None:
     """The family by its first bytes, whatever the transfer syntax says; None for something else."""
     if frame[:3] == b"\xff\xd8\xff":
         return "jpegls" if _sof(frame)[0] == _SOF_LS else "jpeg"
@@ -37,7 +37,7 @@ def sniff(frame: bytes) -> Kind | None:
     return None
 
 
-def inspect(frame: bytes, kind: Kind) -> Codestream:
+def inspect(frame: bytes | bytearray, kind: Kind) -> Codestream:
     """Read the frame header of a JPEG, JPEG-LS or JPEG 2000 codestream.
 
     Raises:
@@ -49,7 +49,7 @@ def inspect(frame: bytes, kind: Kind) -> Codestream:
     return _inspect_j2k(frame) if kind == "jpeg2k" else _inspect_jpeg(frame, kind)
 
 
-def _inspect_jpeg(frame: bytes, kind: Kind) -> Codestream:
+def _inspect_jpeg(frame: bytes | bytearray, kind: Kind) -> Codestream:
     marker, at, markers = _sof(frame)
     if marker == 0:
         raise Refused("codec-error")
@@ -61,7 +61,7 @@ def _inspect_jpeg(frame: bytes, kind: Kind) -> Codestream:
     return Codestream(kind, rows, cols, samples, precision, _ybr(ids, markers) if kind == "jpeg" else None)
 
 
-def _sof(frame: bytes) -> tuple[int, int, dict[int, bytes]]:
+def _sof(frame: bytes | bytearray) -> tuple[int, int, dict[int, bytes]]:
     """Start-of-frame marker, offset of its segment (length first) and the APP segments before it; 0 if none."""
     at, markers = 2, {}
     while at + 4 <= len(frame) and frame[at] == 0xFF:
@@ -90,7 +90,7 @@ def _ybr(ids: bytes, markers: dict[int, bytes]) -> bool | None:
     return True if markers.get(0xE0, b"")[:4] == b"JFIF" else None
 
 
-def _inspect_j2k(frame: bytes) -> Codestream:
+def _inspect_j2k(frame: bytes | bytearray) -> Codestream:
     """SIZ marker segment (ISO 15444-1 A.5.1)."""
     at = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable, Mapping
+import io
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -113,7 +114,7 @@ def read_labels(path: Path) -> LocalLabels:
         )
     columns, faults = forms[0], _Faults(path.name)
     found: dict[tuple[str, ...], list[LocalLabel]] = {}
-    for line, row in rows:
+    for line, row in _dicts(header, rows, path.name):
         key = tuple(_key(column, row[column]) for column in columns)
         frame, label = row.get("frame", ""), row["label"]
         if not all(key) or not label:
@@ -140,7 +141,7 @@ def read_mapping(path: Path) -> LabelMapping:
         )
     index, faults = label_index(), _Faults(path.name)
     found: dict[str, list[MappingRow]] = {}
-    for line, row in rows:
+    for line, row in _dicts(header, rows, path.name):
         if not row["local_label"]:
             faults.add(line, "local_label is missing")
         elif row["rin_class"] not in index:
@@ -163,7 +164,7 @@ def _key(column: str, value: str) -> str:
     return value.replace("\\", "/").removeprefix("./") if column == "path" else value
 
 
-def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]], str]:
+def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], str]:
     """Header, rows with line numbers, and the file's digest."""
     try:
         data = path.read_bytes()
@@ -172,14 +173,18 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]], str]
         raise ConfigError(f"{path} cannot be read", step="check the path") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path.name}: not UTF-8 text", step="save it as UTF-8") from None
-    reader = csv.reader(text.splitlines())
+    reader = csv.reader(io.StringIO(text, newline=""))
     header = [name.strip().lower() for name in next(reader, [])]
-    faults, rows = _Faults(path.name), []
-    for values in reader:
-        if any(values):
-            if len(values) != len(header):
-                faults.add(reader.line_num, f"{len(values)} values for {len(header)} columns")
-            else:
-                rows.append((reader.line_num, dict(zip(header, (v.strip() for v in values), strict=True))))
-    faults.check(f"correct {path.name}")
+    rows = [(reader.line_num, [value.strip() for value in values]) for values in reader if any(values)]
     return header, rows, hashlib.sha256(data).hexdigest()
+
+
+def _dicts(header: list[str], rows: list[tuple[int, list[str]]], name: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows by column name; rows of another length are all listed."""
+    faults = _Faults(name)
+    for line, values in rows:
+        if len(values) != len(header):
+            faults.add(line, f"{len(values)} values for {len(header)} columns")
+    faults.check(f"correct {name}")
+    for line, values in rows:
+        yield line, dict(zip(header, values, strict=True))

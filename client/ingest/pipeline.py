@@ -15,6 +15,7 @@ from typing import Any, Final
 from rin.client.home import Home
 from rin.client.ingest.cache import Cache
 from rin.client.ingest.catalog import Catalog, ImageRow, Known
+from rin.client.ingest.explain import explain
 from rin.client.ingest.header import Header
 from rin.client.ingest.labelling import Labelling, Wanted
 from rin.client.ingest.mapping import own_names, read_labels, read_mapping
@@ -81,26 +82,6 @@ def ingest(
             raise
         finally:
             catalog.close()
-
-
-def explain(home: Home, roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Each refused file below `roots` with its reasons: for the terminal only, paths are stored nowhere.
-
-    Raises:
-        ConfigError: a root is no directory.
-        StateError: nothing was ingested yet.
-    """
-    names = site_pseudonyms(home.pseudonym_key, create=False)
-    if not home.catalog.exists():
-        raise StateError(f"{home.catalog.name} is missing", step="run `rin-client ingest` first")
-    catalog = Catalog(home.catalog)
-    try:
-        for root in check_roots(roots):
-            for found in walk(root, leave_out=home.root):
-                for reason in catalog.reasons(names.path(found.path)):
-                    yield found.path, reason
-    finally:
-        catalog.close()
 
 
 def _check_meta(catalog: Catalog, names: Pseudonyms, site: str) -> None:

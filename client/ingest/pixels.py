@@ -99,7 +99,7 @@ def native(data: bytes | memoryview, layout: Layout) -> NDArray[Any]:
     return to_grey8(image[..., 0] if layout.photometric.startswith("YBR_FULL") else luma_of(image), layout)
 
 
-def compressed(frame: bytes, layout: Layout) -> NDArray[Any]:
+def compressed(frame: bytes | bytearray, layout: Layout) -> NDArray[Any]:
     """One compressed frame, decoded: as `native` returns it.
 
     Raises:
@@ -156,7 +156,7 @@ def to_grey8(image: NDArray[Any], layout: Layout) -> NDArray[np.uint8]:
     return image if image.dtype == np.uint8 else (image >> max(layout.stored - 8, 0)).astype(np.uint8)
 
 
-def _jpeg(frame: bytes, stream: Codestream, layout: Layout) -> NDArray[Any]:
+def _jpeg(frame: bytes | bytearray, stream: Codestream, layout: Layout) -> NDArray[Any]:
     """Baseline, extended, progressive (8 and 12 bits) and lossless (to 16 bits)."""
     if stream.samples == 1:
         return _one_sample(imagecodecs.jpeg8_decode(frame), layout)
@@ -166,12 +166,12 @@ def _jpeg(frame: bytes, stream: Codestream, layout: Layout) -> NDArray[Any]:
     return to_grey8(luma_of(imagecodecs.jpeg8_decode(frame, colorspace="RGB", outcolorspace="RGB")), layout)
 
 
-def _jpegls(frame: bytes, stream: Codestream, layout: Layout) -> NDArray[Any]:
+def _jpegls(frame: bytes | bytearray, stream: Codestream, layout: Layout) -> NDArray[Any]:
     image = imagecodecs.jpegls_decode(frame)
     return _one_sample(image, layout) if stream.samples == 1 else _three_samples(image, layout)
 
 
-def _jpeg2k(frame: bytes, stream: Codestream, layout: Layout) -> NDArray[Any]:
+def _jpeg2k(frame: bytes | bytearray, stream: Codestream, layout: Layout) -> NDArray[Any]:
     """The reversible and irreversible colour transforms are undone by the codec (PS3.5 8.2.4)."""
     image = imagecodecs.jpeg2k_decode(frame, numthreads=1)
     if stream.samples == 1:
@@ -179,7 +179,7 @@ def _jpeg2k(frame: bytes, stream: Codestream, layout: Layout) -> NDArray[Any]:
     return to_grey8(luma_of(image), layout) if layout.photometric != "YBR_FULL" else to_grey8(image[..., 0], layout)
 
 
-def _rle(frame: bytes, layout: Layout) -> NDArray[Any]:
+def _rle(frame: bytes | bytearray, layout: Layout) -> NDArray[Any]:
     """PackBits by byte plane, most significant first (PS3.5 G); the planes are counted before they are unpacked."""
     planes = layout.samples * layout.allocated // 8
     if len(frame) < 64 or int.from_bytes(frame[:4], "little") != planes:
@@ -207,7 +207,7 @@ def _three_samples(image: NDArray[Any], layout: Layout) -> NDArray[np.uint8]:
     return to_grey8(image[..., 0] if layout.photometric.startswith("YBR_FULL") else luma_of(image), layout)
 
 
-_CODECS: Final[dict[Kind, Callable[[bytes, Codestream, Layout], NDArray[Any]]]] = {
+_CODECS: Final[dict[Kind, Callable[[bytes | bytearray, Codestream, Layout], NDArray[Any]]]] = {
     "jpeg": _jpeg,
     "jpegls": _jpegls,
     "jpeg2k": _jpeg2k,

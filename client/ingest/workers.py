@@ -191,7 +191,9 @@ def _serve(pipe: Connection) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    import cv2  # here and not above: the parent never decodes
+    import cv2  # here and not above, as what follows: the parent never decodes
+
+    import rin.client.ingest.dicom  # noqa: F401 - loaded before the clock of the first file runs
 
     cv2.setNumThreads(1)
     with contextlib.suppress(EOFError, OSError):
