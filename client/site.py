@@ -19,6 +19,7 @@ class Archive(Table):
     roots: tuple[Path, ...] = ()
     labels: Path | None = None  # CSV: which image carries which local label
     mapping: Path | None = None  # CSV: local label to RadImageNet label
+    hold_out: bool = True  # false: an archive too small to hold patients back trains on all of them
 
 
 class Labels(Table):

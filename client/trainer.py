@@ -123,7 +123,8 @@ class Trainer:
         site, plan = read_site(self.home), policy.open_plan(data, request.plan)
         if request.site != site.site or request.round > plan.training.rounds:
             raise RefusedError("bad-request", "the request is for another site, or for a round beyond the plan")
-        images = TrainingData.open(self.home, labels=site.labels.rows(), split="train")
+        split = "train" if site.archive.hold_out else None
+        images = TrainingData.open(self.home, labels=site.labels.rows(), split=split)
         self._agree(plan, request.plan, site, images.n_patients)
         stored = self.jobs.stored(request)
         if stored is None:
