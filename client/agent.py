@@ -125,7 +125,7 @@ class _Site:
         self._probe: _Probe | None = None
         self._next_probe, self._failures, self._fab = 0.0, 0, ""
         self._renew_port = False
-        self._connected, self._log_from = False, 0
+        self._started, self._connected, self._log_from = False, False, 0
         self._facts: dict[str, Any] = {"pid": os.getpid(), "connected": False, "coordinator": "", "last_contact": None}
         self._events = Events(home.net / "log" / "events.jsonl") if "agent" in halves else None
         logs = [folder / "events.jsonl" for folder in (home.vault_log, home.net / "log")]
@@ -188,7 +188,7 @@ class _Site:
         self.supervisor.start(
             Child("superexec", _argv(executor, hidden + own), logs / "superexec.log", env, cwd=self.home.net, grace=3.0)
         )
-        self._facts["files_hidden"] = enforced
+        self._facts["files_hidden"], self._started = enforced, True
         self._say("files", f"network side: {'patient files hidden' if enforced else 'patient files are readable'}")
 
     def _hidden(self) -> tuple[list[Path], bool]:
@@ -221,10 +221,14 @@ class _Site:
             self._probe = None
         if self._probe is None and time.monotonic() >= self._next_probe:
             self._look()
-        if not self._connected and CONNECTED in _from(self.home.net / "log" / "supernode.log", self._log_from):
+        node_log = self.home.net / "log" / "supernode.log"
+        if self._started and not self._connected and CONNECTED in _from(node_log, self._log_from):
             self._connected = True
-            self._say("coordinator", f"connected to {self.place['address']}")
+            self._say("coordinator", self._link())
             self._write()
+
+    def _link(self) -> str:
+        return f"connected to {self.place['address']}" if self._connected else "the coordinator answers"
 
     def _look(self) -> None:
         self._next_probe = float("inf")
@@ -239,8 +243,8 @@ class _Site:
         if probe.error is None:
             self._failures, pause = 0, CONTACT
             self._facts["last_contact"] = datetime.now(UTC).isoformat(timespec="seconds")
-            self._say("coordinator", "the coordinator answers" if not self._connected else "connected")
-            if self.supervisor.pid("supernode") is None and "files_hidden" not in self._facts:
+            self._say("coordinator", self._link())
+            if not self._started:
                 self._start_flower()
         else:
             pause = BACKOFF[min(self._failures, len(BACKOFF) - 1)]
