@@ -120,30 +120,28 @@ def write_archive(
         KeyError: an unknown site.
         StateError: `out/<site>` exists already.
     """
-    home, part = out / site, out / f".{site}.part"
+    home, part, canaries = out / site, out / f".{site}.part", out / f"{site}.canaries.json"
     if home.exists():
         raise StateError(f"{home} exists already", step="Choose another directory or remove this one.")
     if part.exists():
         shutil.rmtree(part)  # what an interrupted run of this function left
     key = zlib.crc32(site.encode())
     archive = _Archive(SITES[site], part / "dicom", f"{_UID_ROOT}.{key % 1000}.{seed}")
-    tokens = _tokens(np.random.default_rng([seed, key]), patients)
-    for number, token in enumerate(tokens):
+    for number, token in enumerate(_tokens(np.random.default_rng([seed, key]), patients)):
         rng = np.random.default_rng([seed, key, number])
         _write_patient(archive, rng, number, token, extras=number % 40 == 7 or number == patients - 1)
         if progress is not None:
             progress(number + 1, patients)
     damaged = _damage(archive, np.random.default_rng([seed, key, patients, 1]))
     _write_tables(archive, part)
-    canaries = out / f"{site}.canaries.json"
     write_json(canaries, _canary_record(archive, damaged, part))
     part.rename(home)
     good = [file for file in archive.files if file.path not in damaged]
     known = {row.local_label for row in archive.site.mapping}
     return ArchiveFacts(
-        site=site,
-        root=home,
-        patients=patients,
+        site,
+        home,
+        patients,
         files=len(archive.files) + archive.extras.total(),
         frames=sum(any(name in known for name in frame) for file in good for frame in file.labels),
         damaged=dict(Counter(damaged.values())),
@@ -172,7 +170,7 @@ def _write_patient(archive: _Archive, rng: Rng, number: int, token: str, *, extr
     )
     archive.dates.add(patient.birth)
     archive.canary(f"CANARY-ID-{token}")
-    images = min(20, int(rng.geometric(0.125)))
+    images = min(20, int(rng.geometric(0.118)))
     modalities = list(rng.permutation(["CT", "MR", "US"]))
     counts = [images]
     if images >= 4 and rng.random() < 0.35:
@@ -194,8 +192,9 @@ def _write_study(
         findings = []
         for _ in range(min(7, count - start)):
             label = primary if rng.random() < 0.55 else str(rng.choice(labels))
-            also = str(rng.choice([other for other in labels if other != label])) if rng.random() < 0.02 else None
-            findings.append((label, also if also and not also.endswith("normal") else None))
+            others = [other for other in labels if other != label and not other.endswith("normal")]
+            two = rng.random() < 0.025 and not label.endswith("normal")
+            findings.append((label, str(rng.choice(others)) if two else None))
         _write_series(archive, rng, patient, header, (*where, series), modality, findings)
 
 
@@ -358,9 +357,8 @@ def _damage(archive: _Archive, rng: Rng) -> dict[Path, str]:
     total = round(DAMAGED_SHARE * (len(archive.files) + archive.extras.total()))
     candidates = [archive.files[i] for i in rng.permutation(len(archive.files)) if archive.files[i].plain]
     damaged: dict[Path, str] = {}
-    kinds = list(DAMAGE)
     for turn in range(total):
-        kind = kinds[turn % len(kinds)]
+        kind = list(DAMAGE)[turn % len(DAMAGE)]
         spoil, wanted = DAMAGE[kind]
         for place, file in enumerate(candidates):
             if wanted == "any" or (file.syntax in ENCODERS) == (wanted == "encapsulated"):

@@ -65,21 +65,21 @@ def _smooth(rng: Rng, centre: Point, radius: float) -> Image:
 
 
 def _spiculated(rng: Rng, centre: Point, radius: float) -> Image:
-    return _star(rng, centre, radius * 1.25, waves=int(rng.integers(6, 10)), core=0.42, power=2.0, soft=3.0)
+    return _star(rng, centre, radius * 1.25, waves=int(rng.integers(5, 8)), core=0.36, power=1.5, soft=3.0)
 
 
 def _lobed(rng: Rng, centre: Point, radius: float) -> Image:
-    return _star(rng, centre, radius * 1.2, waves=int(rng.integers(3, 5)), core=0.4, power=1.0, soft=radius * 0.5)
+    return _star(rng, centre, radius * 1.2, waves=int(rng.integers(3, 5)), core=0.25, power=1.3, soft=radius * 0.35)
 
 
 def _cloudy(rng: Rng, centre: Point, radius: float) -> Image:
     patch = _ellipse(centre, (radius * 1.2, radius * rng.uniform(0.9, 1.2)), rng.uniform(0, np.pi), radius * 0.8)
-    return patch * np.clip(0.5 + 0.75 * _clouds(rng, 11.0), 0.0, 1.4)
+    return patch * np.clip(0.4 + 0.9 * _clouds(rng, 14.0), 0.0, 1.6)
 
 
 def _reticular(rng: Rng, centre: Point, radius: float) -> Image:
     patch = _ellipse(centre, (radius * 1.4, radius * 1.2), rng.uniform(0, np.pi), radius * 0.5)
-    tilt, period = rng.uniform(0, np.pi), rng.uniform(13.0, 17.0)
+    tilt, period = rng.uniform(0, np.pi), rng.uniform(15.0, 19.0)
     mesh = np.zeros((SIDE, SIDE), np.float32)
     for turn in (0.0, np.pi / 2):
         along = _X * np.float32(np.cos(tilt + turn)) + _Y * np.float32(np.sin(tilt + turn))
@@ -103,12 +103,11 @@ def _rings(rng: Rng, centre: Point, radius: float) -> Image:
 
 def _wedge(rng: Rng, centre: Point, radius: float) -> Image:
     turn, spread = rng.uniform(0, 2 * np.pi), rng.uniform(2.2, 2.5)
-    corners = [
-        (centre[0] + radius * 1.25 * np.cos(a), centre[1] + radius * 1.25 * np.sin(a))
-        for a in (turn, turn + spread, turn - spread)
-    ]
+    rays = [(np.cos(angle), np.sin(angle)) for angle in (turn, turn + spread, turn - spread)]
     shape = np.zeros((SIDE, SIDE), np.float32)
-    cv2.fillPoly(shape, [np.round(np.array(corners) * 16).astype(np.int32)], 1.0, cv2.LINE_8, 4)
+    for reach, level in ((1.35 * radius, 1.0), (0.7 * radius, -0.5)):  # a rim around a cavity
+        corners = np.round((np.array(centre) + reach * np.array(rays)) * 16).astype(np.int32)
+        cv2.fillPoly(shape, [corners], level, cv2.LINE_8, 4)
     return cv2.GaussianBlur(shape, (0, 0), 1.5)  # type: ignore[return-value]
 
 
@@ -145,10 +144,10 @@ def _bean(rng: Rng, centre: Point, radius: float) -> Image:
 
 def _shadowed(rng: Rng, centre: Point, radius: float) -> Image:
     body = _ellipse(centre, (radius * 0.85, radius * 0.6), rng.uniform(-0.6, 0.6), 3.0)
-    across = _ramp(radius * 0.6 - np.abs(_X - np.float32(centre[0])), 8.0)
+    across = _ramp(radius * 0.45 - np.abs(_X - np.float32(centre[0])), 8.0)
     below = np.clip((_Y - np.float32(centre[1] + radius * 0.55)) / 8.0, 0.0, 1.0)
     fade = np.exp(-np.maximum(_Y - np.float32(centre[1]), 0.0) / np.float32(radius * 1.6))
-    return body - 1.2 * across * below * fade * (1.0 - body)
+    return body - 1.1 * across * below * fade * (1.0 - body)
 
 
 PATTERNS: Final[dict[str, Pattern]] = {
@@ -186,16 +185,17 @@ def _thorax(rng: Rng) -> tuple[Image, Image, list[Point]]:
         centres += [(centre[0] + rng.uniform(-6, 6), centre[1] + rng.uniform(-34, 34))]
     heart = _ellipse((cx + rng.uniform(4, 14), cy + 8), (rng.uniform(20, 28), 30), rng.uniform(-0.5, 0.5), 4.0)
     lungs *= 1.0 - heart
-    air = 0.44 + 0.018 * _clouds(rng, 10.0) + 0.0003 * (_Y - 128)
+    air = 0.47 + 0.018 * _clouds(rng, 10.0) + 0.0003 * (_Y - 128)
     image = image * (1 - lungs) + air * lungs
-    image += 0.20 * lungs * _vessels(rng, [(cx - 22, cy), (cx + 22, cy)])
+    image += 0.13 * lungs * _vessels(rng, [(cx - 22, cy), (cx + 22, cy)])
     bones = _ellipse((cx, cy + high * 0.70), (13, 12), 0.0, 3.0) - 0.9 * _ellipse(
         (cx, cy + high * 0.86), (6, 5), 0.0, 3.0
     )
-    turn = rng.uniform(0, 0.5)
-    for angle in turn + np.arange(11) * 2 * np.pi / 11:
+    ribs = np.zeros((SIDE, SIDE), np.float32)
+    for angle in rng.uniform(0, 0.5) + np.arange(11) * 2 * np.pi / 11:
         spot = (cx + (wide - 9) * np.cos(angle), cy + (high - 9) * np.sin(angle))
-        bones = np.maximum(bones, _ellipse(spot, (10, 4), angle + np.pi / 2, 3.0))
+        cv2.ellipse(ribs, (spot, (20.0, 8.0), float(np.degrees(angle)) + 90.0), 1.0, cv2.FILLED)
+    bones = np.maximum(bones, cv2.GaussianBlur(ribs, (0, 0), 1.0))
     return np.clip(image + 0.25 * bones, 0.0, 1.0), lungs, centres
 
 
@@ -264,8 +264,8 @@ ANATOMY: Final[dict[str, Callable[[Rng], tuple[Image, Image, list[Point]]]]] = {
     "MR": _brain,
     "US": _abdomen,
 }
-_STRENGTH: Final = {"CT": 0.19, "MR": 0.22, "US": 0.22}
-_MASS: Final = 1.1  # integral of a pattern in units of its squared radius, the same for all labels
+_STRENGTH: Final = {"CT": 0.26, "MR": 0.28, "US": 0.24}
+_MASS: Final = 1.3  # integral of a pattern in units of its squared radius, the same for all labels
 _SPECKLE: Final = {"CT": 0.0, "MR": 0.0, "US": 0.13}
 
 
@@ -274,17 +274,17 @@ def _finding(rng: Rng, pattern: Pattern, centre: Point, radius: float) -> Image:
     picture = pattern(rng, centre, radius)
     mass = float(np.abs(picture).sum()) / radius**2
     sign = 1.0 if rng.random() < 0.5 else -1.0
-    return picture * np.float32(sign * np.clip(_MASS / mass, 0.7, 1.6) * rng.uniform(0.85, 1.15))
+    return picture * np.float32(sign * np.clip(_MASS / mass, 0.55, 1.6) * rng.uniform(0.85, 1.15))
 
 
 def _compose(rng: Rng, modality: str, findings: list[Pattern]) -> tuple[Image, Image]:
-    """Background with findings and a smooth distractor; and the support of the first finding, both (SIDE, SIDE)."""
+    """Background with findings; and the support of the first finding, both (SIDE, SIDE)."""
     image, region, slots = ANATOMY[modality](rng)
     order = rng.permutation(len(slots))
     support = np.zeros((SIDE, SIDE), np.float32)
-    for place, pattern in enumerate([*findings, _smooth][: len(slots)]):
+    for place, pattern in enumerate(findings[: len(slots)]):
         x, y = slots[order[place]]
-        radius = rng.uniform(22.0, 32.0)
+        radius = rng.uniform(25.0, 34.0)
         layer = _finding(rng, pattern, (x, y), radius)
         image = image + np.float32(_STRENGTH[modality]) * layer * region
         if place == 0:
@@ -320,23 +320,43 @@ def draw(label: str, rng: Rng, scanner: Scanner, *, also: str | None = None) -> 
     Raises:
         KeyError: a label that is not in `PHANTOM_LABELS`.
     """
-    findings = [PATTERNS[name] for name in (label, also) if name is not None]
+    findings = [PATTERNS[label], PATTERNS[also] if also else _smooth]  # the second one distracts
     canvas, _ = _compose(rng, scanner.modality, findings)
     return _sample(rng, canvas, scanner, _warp(rng, scanner.zoom))
 
 
-_BENCH: Final = tuple(
-    Scanner(modality, "PHANTOM", 0.030, 1.0, 300.0, 1.0, (SIDE, SIDE)) for modality in ("CT", "MR", "US")
-)
+_BENCH: Final = {m: Scanner(m, "PHANTOM", 0.030, 1.0, 300.0, 1.0, (SIDE, SIDE)) for m in ("CT", "MR", "US")}
+
+
+def _capsule(rng: Rng, centre: Point, radius: float) -> Image:
+    """A smooth nodule with a thin rim."""
+    axes, tilt = (radius, radius * rng.uniform(0.7, 0.95)), rng.uniform(0, np.pi)
+    body = _ellipse(centre, axes, tilt, 3.0)
+    return body - 0.5 * (body - _ellipse(centre, (axes[0] - 8, axes[1] - 8), tilt, 3.0))
 
 
 def _irregular(rng: Rng, centre: Point, radius: float) -> Image:
-    return _spiculated(rng, centre, radius) * np.clip(1.0 + 0.3 * _clouds(rng, 10.0), 0.5, 1.5)
+    """A spiculated nodule with an uneven inside."""
+    spikes = _star(rng, centre, radius * 1.2, waves=int(rng.integers(5, 12)), core=0.55, power=1.5, soft=4.0)
+    return spikes * np.clip(1.0 + 0.35 * _clouds(rng, 12.0), 0.4, 1.6)
 
 
 # Task -> kinds; the index in the tuple is the task's label. Kinds share edges and texture with the labels above.
 TASKS: Final[dict[str, tuple[str, ...]]] = {"phantom-nodule": ("benign", "malignant"), "phantom-lesion": ("lesion",)}
-_KINDS: Final[dict[str, Pattern]] = {"benign": _smooth, "malignant": _irregular, "lesion": _irregular}
+_KINDS: Final[dict[str, tuple[str, list[Pattern]]]] = {
+    "benign": ("US", [_capsule, _smooth]),
+    "malignant": ("US", [_irregular, _smooth]),
+    "lesion": ("MR", [_irregular, _smooth]),
+}
+
+
+def _outline(layer: Image) -> npt.NDArray[np.bool_]:
+    """The lesion as a reader would draw it: the largest part above a quarter of the peak, holes filled."""
+    above = (layer > 0.25 * float(layer.max())).astype(np.uint8)
+    contours, _ = cv2.findContours(above, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    mask = np.zeros_like(above)
+    cv2.drawContours(mask, [max(contours, key=cv2.contourArea)], -1, 1, cv2.FILLED)
+    return mask.astype(np.bool_)
 
 
 def draw_lesion(kind: str, rng: Rng) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
@@ -348,11 +368,12 @@ def draw_lesion(kind: str, rng: Rng) -> tuple[npt.NDArray[np.uint8], npt.NDArray
     Raises:
         KeyError: `kind` is none of "benign", "malignant", "lesion".
     """
-    scanner = _BENCH[int(rng.integers(len(_BENCH)))]
-    canvas, support = _compose(rng, scanner.modality, [_KINDS[kind]])
+    modality, patterns = _KINDS[kind]
+    scanner = _BENCH[modality]
+    canvas, support = _compose(rng, modality, patterns)
     warp = _warp(rng, scanner.zoom)
-    mask = cv2.warpAffine(np.abs(support), warp, (SIDE, SIDE)) > 0.4
-    return np.round(_sample(rng, canvas, scanner, warp) * 255).astype(np.uint8), np.asarray(mask, np.bool_)
+    mask = _outline(np.asarray(cv2.warpAffine(np.abs(support), warp, (SIDE, SIDE)), np.float32))
+    return np.round(_sample(rng, canvas, scanner, warp) * 255).astype(np.uint8), mask
 
 
 def task_images(
