@@ -63,7 +63,12 @@ def phantom_dataset(name: str, *, train: int, test: int) -> Dataset:
     """`train` and `test` images of the phantom task `name`, drawn from two seeds, so that no image is in both."""
     parts = [phantom.task_images(name, train, 11), phantom.task_images(name, test, 12)]
     images, targets, masks = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    facts = {"source": "phantom", "train": train, "test": test, "patients": "each image is another phantom patient"}
+    facts = {
+        "source": "phantom",
+        "training_images": train,
+        "test_images": test,
+        "patients": "each image is another phantom patient",
+    }
     return Dataset(images, targets, phantom.TASKS[name], np.arange(train + test) >= train, facts, masks)
 
 
@@ -98,8 +103,8 @@ def image_folder_dataset(root: Path, *, with_masks: bool = False) -> Dataset:
         "files": sum(dropped.values()) + len(found),
         "images": {name: int((targets == index).sum()) for index, name in enumerate(classes)},
         "dropped": dict(sorted(dropped.items())),
-        "train": int((~test).sum()),
-        "test": int(test.sum()),
+        "training_images": int((~test).sum()),
+        "test_images": int(test.sum()),
         "patients": f"{len(set(units))} patients, each on one side of the split"
         if known
         else "no patient ids exist, so images of one patient may be on both sides of the split",

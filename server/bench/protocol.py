@@ -29,7 +29,7 @@ from rin.server.bench.statistics import RESAMPLES, compare
 from rin.server.bench.summary import TaskScore
 from rin.server.bench.tasks import Task
 
-EXAMPLES: Final = 6  # test images whose predictions are kept for the report
+EXAMPLES: Final = 4  # test images whose predictions are kept for the report
 Progress = Callable[[int, int], None]
 
 

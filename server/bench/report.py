@@ -101,7 +101,7 @@ def _pictures(example: Examples) -> list[dict[str, Any]]:
         cells = [
             (
                 example.captions[i],
-                plots.outlined(example.images[i]),
+                plots.plain(example.images[i]),
                 [f"{name}: {predictions[i][0]}" for name, predictions in example.by_start.items()],
             )
             for i in range(count)
@@ -135,11 +135,14 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Facts as rows of text: lists and tables within a fact on one line."""
-    rows = []
+    """Facts as rows of text; of a table within a fact, long values (digests) get a row each."""
+    rows: list[tuple[str, str]] = []
     for key, value in facts.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if isinstance(value, dict):
-            text = ", ".join(f"{name} {number}" for name, number in value.items()) or "none"
-        rows.append((key.replace("_", " ").replace("-", " "), text))
+        name = key.replace("_", " ").replace("-", " ")
+        if isinstance(value, dict) and any(len(str(each)) > 40 for each in value.values()):
+            rows += [(f"{name}, {part}", str(each)) for part, each in value.items()]
+        elif isinstance(value, dict):
+            rows.append((name, ", ".join(f"{part} {each}" for part, each in value.items()) or "none"))
+        else:
+            rows.append((name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     return rows

@@ -118,7 +118,9 @@ def test_the_page_loads_nothing_and_says_so_to_the_browser() -> None:
     assert not {"script", "link", "iframe", "object", "form", "a"} & {tag for tag, _ in page.tags}
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(sources) == 2 + 2 + 2 + 4
-    assert all(source and re.match(r"data:image/(png|svg\+xml);base64,[A-Za-z0-9+/=]+$", source) for source in sources)
+    assert all(
+        source and re.match(r"data:image/(png|jpeg|svg\+xml);base64,[A-Za-z0-9+/=]+$", source) for source in sources
+    )
     assert all(a.get("alt") for tag, a in page.tags if tag == "img")
 
 
@@ -154,7 +156,7 @@ def test_every_text_is_escaped_wherever_it_comes_from() -> None:
         run={**base.run, "name": EVIL, "strategy": EVIL},
         rounds=(RoundFacts(1, 1.0, (SiteRound(EVIL, {"loss": 1.0}),), ((EVIL, EVIL, 1),)),),
         ingest={EVIL: {"files": 1, "accepted": 0, "refused": {EVIL: 1}}},
-        privacy={"canaries": EVIL, "bytes_searched": 1, "found": EVIL, "unaccounted": EVIL},
+        privacy={"canaries": EVIL, "bytes_searched": 1, "found": EVIL, "unaccounted": EVIL, "damaged": {EVIL: 1}},
     )
     pictures = {"nodule": dataclasses.replace(examples()["nodule"], captions=(EVIL, EVIL))}
     page = render(evil, pictures)
