@@ -197,7 +197,7 @@ def plan_summary(data: bytes) -> list[tuple[str, str]]:
         ("protection", _protection(plan)),
         ("may leave the site", ", ".join(["the update of the weights", *plan.metrics])),
         ("fewest sites", f"{limits.min_sites} in an aggregate, {limits.quorum} in a round"),
-        ("deadline of a round", f"{limits.deadline_s / 3600:g} h"),
+        ("deadline of a round", f"{limits.deadline_s / 60:.0f} min"),
         ("updates kept", "no, digests only" if plan.retention.receipts == "delete" else "yes, at the coordinator"),
         ("scored on", ", ".join(plan.bench.tasks) or "nothing"),
     ]
