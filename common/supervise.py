@@ -302,11 +302,15 @@ def _kill_group(leader: int) -> None:
 
 
 def _start_time(pid: int) -> str:
-    """When `pid` began, in clock ticks since boot; with the pid it names a process for good (proc(5), field 22)."""
+    """When `pid` began, in clock ticks since boot; with the pid it names a process for good (proc(5), fields 3 and 22).
+
+    Empty if it is gone, or a zombie whose parent does not care.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return ""
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def note_process(path: Path) -> None:

@@ -116,8 +116,6 @@ def main(grid: Grid, context: Context) -> None:
         _main(grid, run, epoch=int(cast(int, context.run_config["epoch"])))
     except Exception as error:
         log.exception("the rounds ended")
-        if isinstance(error, RinError):
-            Events(run.log / "events.jsonl").add("rounds-stopped", reason=error.message, step=error.step)
         raise RuntimeError(logs.name_of(error)) from None
 
 
@@ -128,4 +126,8 @@ def _main(grid: Grid, run: RunDir, *, epoch: int) -> None:
         note_process(serverapp_file(run))
         from rin.server import rounds  # imports torch
 
-        rounds.run(run, FlowerPort(grid, run), epoch=epoch)
+        try:
+            rounds.run(run, FlowerPort(grid, run), epoch=epoch)
+        except RinError as error:
+            Events(run.log / "events.jsonl").add("rounds-stopped", reason=error.message, step=error.step)
+            raise

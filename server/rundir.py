@@ -52,7 +52,7 @@ class RunDir:
 
     @property
     def state(self) -> Path:
-        """SuperLink's database, Flower's home, `nodes.json` (site to Flower node id), the strategy's state."""
+        """Flower's home, pid files, `nodes.json` (site to Flower node id), the strategy's state."""
         return self.root / "state"
 
     @property

@@ -185,3 +185,17 @@ def test_the_next_start_ends_what_was_left_over_and_spares_a_stranger_with_the_s
     stranger.kill()
     stranger.wait()
     assert not list(pids.iterdir())
+
+
+def test_a_noted_process_is_alive_until_it_dies_even_as_a_zombie(tmp_path: Path) -> None:
+    path = tmp_path / "x.pid"
+    assert not supervise.noted_alive(path)
+    code = f"from rin.common.supervise import note_process; from pathlib import Path; note_process(Path({str(path)!r}))"
+    child = subprocess.Popen([sys.executable, "-c", f"{code}; import time; time.sleep(99)"])
+    until(path.exists)
+    assert supervise.noted_alive(path)
+    child.kill()  # and nobody waits for it
+    until(lambda: not supervise.noted_alive(path), 5)
+    child.wait()
+    path.write_text(f"{os.getpid()} 1\n")
+    assert not supervise.noted_alive(path)
