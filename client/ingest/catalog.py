@@ -118,6 +118,18 @@ class Catalog:
             "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
         )
 
+    def tie(self, key: str, value: str, *, step: str) -> None:
+        """Set a fact for ever.
+
+        Raises:
+            StateError: it was set to another value before; `step` is the operator's next step.
+        """
+        found = self.meta(key)
+        if found is None:
+            self.set_meta(key, value)
+        elif found != value:
+            raise StateError(f"the catalog was made with another {key}", step=step)
+
     @property
     def slots(self) -> int:
         """Slots of the cache that are committed."""
@@ -197,15 +209,16 @@ class Catalog:
     def pin_train(self) -> None:
         """Give training one patient where the thresholds gave it none: the one with the smallest pseudonym.
 
-        A site of one or two patients would otherwise have nothing to train on. Once pinned it stays.
+        A site of one or two patients would otherwise have nothing to train on. Once pinned a patient stays.
         """
-        if self._db.execute("SELECT 1 FROM images WHERE split = 'train'").fetchone() is None:
-            self._db.execute("UPDATE images SET split = 'train' WHERE patient = (SELECT min(patient) FROM images)")
+        patient = self._db.execute("SELECT min(patient) FROM images").fetchone()[0]
+        if patient and self._db.execute("SELECT 1 FROM images WHERE split = 'train'").fetchone() is None:
+            self._db.execute("UPDATE images SET split = 'train' WHERE patient = ?", (patient,))
+            self.set_meta("pinned", " ".join([*(self.meta("pinned") or "").split(), patient.hex()]))
 
-    def is_pinned(self, patient: bytes) -> bool:
-        """Whether images of this patient are in train already, by threshold or because they were pinned."""
-        row = self._db.execute("SELECT split FROM images WHERE patient = ? LIMIT 1", (patient,)).fetchone()
-        return row is not None and row[0] == "train"
+    def pinned(self) -> frozenset[bytes]:
+        """Patients that train although the thresholds say otherwise."""
+        return frozenset(bytes.fromhex(patient) for patient in (self.meta("pinned") or "").split())
 
     # reports
 

@@ -133,6 +133,8 @@ def _open_simple(path: Path, header: Header, modality: str) -> _Source:
             return _Source(layout, _encapsulated(file.read(), layout), lambda _: grey)
 
     def samples(index: int) -> NDArray[Any]:
+        if (index + 1) * layout.frame_bytes > header.pixel_length:
+            raise Refused("truncated")  # what follows is another element, not pixels
         with path.open("rb", buffering=0) as file:
             file.seek(offset + index * layout.frame_bytes)
             return native(file.read(layout.frame_bytes), layout)

@@ -127,7 +127,7 @@ class Header:
 def parse_number(text: str) -> float:
     """A decimal string (PS3.5 6.2 DS), NaN where it is none (`1A`, `1,5`)."""
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         return math.nan
     return value if math.isfinite(value) else math.nan

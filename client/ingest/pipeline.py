@@ -27,7 +27,7 @@ from rin.client.ingest.selection import Identity, anatomy, identity, select
 from rin.client.ingest.skim import HEAD, skim
 from rin.client.ingest.walk import Found, check_roots, walk
 from rin.client.ingest.workers import TIMEOUT_S, WORKERS, Job, Outcome, Pool
-from rin.common.errors import ConfigError, StateError
+from rin.common.errors import ConfigError
 from rin.common.files import lock
 from rin.common.labels import label_set, label_set_digest
 
@@ -35,7 +35,9 @@ _LOG = logging.getLogger(__name__)
 __all__ = ["IngestReport", "Progress", "explain", "ingest"]
 COMMIT_IMAGES: Final = 256
 _COMMIT_FILES: Final = 4096
+_SCANNED: Final = 65536  # files marked in one transaction
 _AHEAD: Final = 24  # files under way for each worker
+_AHEAD_FRAMES: Final = 4096  # frames under way: 256 MiB of finished pictures
 _SITE: Final = re.compile(r"[A-Za-z0-9-]{1,32}")
 
 
@@ -65,12 +67,13 @@ def ingest(
         raise ConfigError(f"'{site}' is no site name", step="use 1 to 32 letters, digits and hyphens")
     checked = check_roots(roots)
     labelling = Labelling(read_labels(labels) if labels else None, read_mapping(mapping) if mapping else own_names())
+    home.catalog.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with lock(home.catalog.with_name("ingest.lock"), holder="rin-client ingest"):
         names = site_pseudonyms(home.pseudonym_key, create=not home.catalog.exists())
         catalog = Catalog(home.catalog)
         pool = Pool(workers=workers, timeout_s=timeout_s)
         try:
-            _check_meta(catalog, names, site)
+            _tie(catalog, names, site)
             cache = Cache(home.cache, slots=catalog.slots)
             run = _Run(home, catalog, cache, pool, names, labelling, checked, progress, _AHEAD * workers)
             run.scan()
@@ -84,19 +87,12 @@ def ingest(
             catalog.close()
 
 
-def _check_meta(catalog: Catalog, names: Pseudonyms, site: str) -> None:
-    """Tie the catalog to one site, key and label set."""
-    facts = {
-        "site": (site, "use --site with the name that this home was made for, or another --home"),
-        "key": (names.of("check").hex(), "restore the pseudonym key of this catalog, or ingest into another --home"),
-        "labels": (label_set_digest(), "ingest into another --home with this release of rin"),
-    }
-    for key, (value, step) in facts.items():
-        found = catalog.meta(key)
-        if found is None:
-            catalog.set_meta(key, value)
-        elif found != value:
-            raise StateError(f"the catalog was made with another {key}", step=step)
+def _tie(catalog: Catalog, names: Pseudonyms, site: str) -> None:
+    """One site, one key and one label set for ever."""
+    catalog.tie("site", site, step="use --site with the name that this home was made for, or another --home")
+    step = "restore the pseudonym key of this catalog, or ingest into another --home"
+    catalog.tie("key", names.of("check").hex(), step=step)
+    catalog.tie("labels", label_set_digest(), step="ingest into another --home with this release of rin")
 
 
 @dataclass(slots=True)
@@ -117,6 +113,7 @@ class _Item:
     wanted: Wanted | None = None
     keep: dict[int, int] | None = None  # frame to image id, where the cache holds the pixels already
     open: bool = False
+    frames: int = 0  # that are being decoded
 
 
 @dataclass(slots=True)
@@ -134,6 +131,7 @@ class _Run:
     ahead: int
     number: int = field(init=False)
     digest: bytes = field(init=False)
+    pinned: frozenset[bytes] = field(init=False)
     batch: list[bytes] = field(default_factory=list)
     uncommitted: int = 0
     total: int = 0
@@ -145,6 +143,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.number = int(self.catalog.meta("run") or 0) + 1
         self.digest = self.labelling.digest
+        self.pinned = self.catalog.pinned()
         self.catalog.set_meta("run", str(self.number))
         self.catalog.set_meta("mapping", self.labelling.mapping.digest)
         self.catalog.commit()
@@ -160,18 +159,23 @@ class _Run:
             self.catalog.mark_seen(self.names.path(found.path), self.number)
             self.total += 1
             self._tell("scan")
+            if self.total % _SCANNED == 0:
+                self.catalog.commit()
         self.catalog.commit()
 
     def read(self) -> None:
         """Decide on every file."""
         under_way: deque[_Item] = deque()
+        frames = 0
         for found in self.files():
             item = self._begin(found)
             if item is None:
                 self._count()
                 continue
             under_way.append(item)
-            if len(under_way) > self.ahead:
+            frames += item.frames
+            while under_way and (len(under_way) > self.ahead or frames > _AHEAD_FRAMES):
+                frames -= under_way[0].frames
                 self._finish(under_way.popleft())
         while under_way:
             self._finish(under_way.popleft())
@@ -236,6 +240,7 @@ class _Run:
         if item.keep is None:
             job = Job(item.found.path, item.modality, item.wanted.decode(), header)
             item.pixel_job = self.pool.submit(job)
+            item.frames = item.layout.frames if job.frames is None else len(job.frames)
 
     def _in_cache(self, item: _Item, instance: bytes) -> dict[int, int] | None:
         """The images of the instance if the cache holds all that are wanted: other labels, or a file that moved.
@@ -319,7 +324,7 @@ class _Run:
             "frame": frame,
             "modality": modality,
             "anatomy": anatomy(header, modality),
-            "split": "train" if self.catalog.is_pinned(patient) else split_of(patient),
+            "split": "train" if patient in self.pinned else split_of(patient),
             "digest": digest,
             "policy": policy,
             "rows": layout.rows,

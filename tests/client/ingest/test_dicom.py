@@ -158,7 +158,7 @@ def test_headers_that_cannot_be_drawn(dicom_file: DicomFile, attributes: dict[st
         decode(dicom_file(RAMP, **attributes))
 
 
-@pytest.mark.parametrize("text", ["1A", "1,5", "4O"])
+@pytest.mark.parametrize("text", ["1A", "1,5", "4O", "1_5", "inf"])
 def test_wrong_decimal_strings_have_a_reason(dicom_file: DicomFile, text: str) -> None:
     """pydicom raises ValueError, UFuncTypeError and TypeError at these."""
     path = dicom_file(RAMP, RescaleSlope="135", RescaleIntercept="0")
@@ -218,3 +218,8 @@ def test_real_structural_mr_is_upright_bright_on_black_and_whole(real_data: Path
     columns = np.flatnonzero(got.any(0))
     assert columns[-1] - columns[0] + 1 <= width
     assert got[96:160, 96:160].mean() > 3 * got[:, :40].mean()
+
+
+def test_elements_after_the_pixels_are_no_pixels(dicom_file: DicomFile) -> None:
+    path = dicom_file(RAMP, NumberOfFrames=2, DataSetTrailingPadding=bytes(2 * RAMP.nbytes))
+    assert [picture.reason for picture in decode(path)] == [None, "truncated"]
