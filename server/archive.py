@@ -76,13 +76,13 @@ class _Patient:
 
 @dataclass(slots=True)
 class _File:
-    """One image file, as far as damage and the tables need to know it."""
+    """One image file, as far as damage and the tables need it."""
 
     path: Path
     uid: str
     syntax: str
     labels: list[list[str]]  # local names by frame
-    plain: bool  # single frame and not chosen for anything else: may be damaged
+    plain: bool  # one frame, a mapped label, no burned-in text: only damage keeps it out of a catalog
 
 
 @dataclass(slots=True)
@@ -172,9 +172,8 @@ def _write_patient(archive: _Archive, rng: Rng, number: int, token: str, *, extr
     archive.canary(f"CANARY-ID-{token}")
     images = min(20, int(rng.geometric(0.118)))
     modalities = list(rng.permutation(["CT", "MR", "US"]))
-    counts = [images]
-    if images >= 4 and rng.random() < 0.35:
-        counts = [images - images // 3, images // 3]
+    second = images // 3 if images >= 4 and rng.random() < 0.35 else 0
+    counts = [images - second, second] if second else [images]
     for study, count in enumerate(counts):
         _write_study(archive, rng, patient, (number + 1, study + 1), modalities[study], count)
     if extras:
@@ -257,7 +256,8 @@ def _write_series(
         image.ImageComments = archive.canary(f"CANARY image {patient.token} {where[1]}.{where[2]}.{number}")
         path = _save(archive, folder, image, uid, number, syntax)
         names = [_local_names(archive.site, rng, pair) for pair in shown]
-        archive.files.append(_File(path, uid, syntax, names, plain=len(shown) == 1 and not burn))
+        known = bool(names[0]) and names[0][0] not in archive.site.unknown
+        archive.files.append(_File(path, uid, syntax, names, plain=len(shown) == 1 and not burn and known))
 
 
 def _series_header(archive: _Archive, study: Dataset, where: tuple[int, int, int], modality: str) -> Dataset:
