@@ -385,16 +385,16 @@ def test_a_huge_update_is_clipped_to_the_plans_norm(tmp_path: Path) -> None:
     made = small(
         tmp_path,
         training={"rounds": 1},
-        limits={"max_update_norm": 0.02, "max_share": 1.0},
+        limits={"max_update_norm": 0.1, "max_share": 1.0},
         retention={"receipts": "keep"},
     )
     made.go()
     layout = receipts.read_layout(made.run)
-    assert all(row.norm > 0.03 for row in record_of(made, 1).receipts.values())
+    assert all(row.norm > 0.2 for row in record_of(made, 1).receipts.values())
     before, after = network_at(made, 0), network_at(made, 1)
     squares = sum(float((a - b).detach().double().pow(2).sum()) for a, b in _pairs(after, before))
-    assert 0 < squares**0.5 <= 0.02 * (1 + 1e-5)
-    assert inspect(made.run.receipts(1) / "siteA.safetensors", layout).norm > 0.03
+    assert 0 < squares**0.5 <= 0.1 * (1 + 1e-5)
+    assert inspect(made.run.receipts(1) / "siteA.safetensors", layout).norm > 0.2
 
 
 def _pairs(a: Network, b: Network) -> list[tuple[torch.Tensor, torch.Tensor]]:
