@@ -1,0 +1,100 @@
+"""What `rin-server status` shows: read from the run directory, whether a coordinator runs or not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rin.common import keys
+from rin.common.errors import StateError
+from rin.common.events import read_events
+from rin.common.files import lock, read_json
+from rin.common.plan import plan_digest, read_plan
+from rin.server.members import members
+from rin.server.record import Record, last_record, read_record
+from rin.server.rundir import RunDir
+
+
+def status(run: RunDir) -> dict[str, Any]:
+    """Plan, coordinator, sites and rounds of `run` as JSON.
+
+    Raises:
+        StateError: no run directory, or a damaged one.
+        ConfigError: the plan is wrong.
+    """
+    facts = read_json(run.facts)
+    plan, data = read_plan(run.plan)
+    last = last_record(run)
+    records = [r for n in range(1, last.round + 1) if (r := read_record(run, n))] if last else []
+    admitted, online = members(run), _online(run)
+    return {
+        "plan": {"name": plan.name, "digest": plan_digest(data), "rounds": plan.training.rounds},
+        "coordinator": {
+            "address": facts["address"],
+            "state": "running" if _running(run) else "stopped",
+            "certificate_days": keys.days_left((run.ca / "server.crt").read_bytes()),
+        },
+        "sites": {
+            site: {
+                "admitted": site in admitted,
+                "online": online.get(site, False) and _running(run),
+                "updates": sum(site in record.receipts for record in records),
+                "refused": dict(Counter(f.code for record in records for f in record.failures if f.site == site)),
+            }
+            for site in sorted({*plan.sites, *admitted})
+        },
+        "rounds": [_row(record) for record in records],
+    }
+
+
+def _row(record: Record) -> dict[str, Any]:
+    return {
+        "round": record.round,
+        "state": record.state,
+        "seconds": round(record.seconds, 1),
+        "counted": sorted(record.receipts),
+        "missing": sorted(set(record.cohort) - set(record.receipts)),
+        "reason": record.reason,
+    }
+
+
+def _running(run: RunDir) -> bool:
+    """Whether a living coordinator holds the run's lock."""
+    try:
+        with lock(run.lock, holder="rin-server run"):
+            return False
+    except StateError:
+        return True
+
+
+def _online(run: RunDir) -> dict[str, bool]:
+    """The last word of the events about each site."""
+    events, _ = read_events(run.log / "events.jsonl")
+    words = {"site-online": True, "site-away": False}
+    return {event.fields["site"]: words[event.kind] for event in events if event.kind in words}
+
+
+def print_status(facts: dict[str, Any], *, rounds: int = 10) -> None:
+    """`facts` of `status` for a person; the last `rounds` rounds."""
+    console = Console(markup=False, highlight=False)
+    plan, coordinator = facts["plan"], facts["coordinator"]
+    closed = sum(row["state"] == "closed" for row in facts["rounds"])
+    console.print(f"{plan['name']}: {closed} of {plan['rounds']} rounds closed; plan {plan['digest'][:16]}")
+    console.print(
+        f"coordinator {coordinator['state']} for {coordinator['address']}; "
+        f"server certificate ends in {coordinator['certificate_days']} days"
+    )
+    sites = Table("site", "admitted", "online", "updates", "refused", box=None, pad_edge=False)
+    for name, site in facts["sites"].items():
+        refused = ", ".join(f"{code} {count}" for code, count in site["refused"].items())
+        words = ("yes" if site[key] else "no" for key in ("admitted", "online"))
+        sites.add_row(name, *words, str(site["updates"]), refused or "-")
+    console.print(sites)
+    table = Table("round", "state", "seconds", "counted", "missing", "reason", box=None, pad_edge=False)
+    for row in facts["rounds"][-rounds:]:
+        lists = (", ".join(row[key]) or "-" for key in ("counted", "missing"))
+        table.add_row(str(row["round"]), row["state"], f"{row['seconds']:.0f}", *lists, row["reason"] or "-")
+    console.print(table)
