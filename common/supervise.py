@@ -361,12 +361,13 @@ def _tail(slot: _Slot) -> str:
 
 
 def stop_on_signals(stop: Callable[[int], Any]) -> None:
-    """Call `stop(signal number)` on SIGTERM, SIGINT and SIGHUP; a second SIGINT acts as ever."""
+    """Call `stop(signal number)` on SIGTERM, SIGINT and SIGHUP (not under nohup); a second SIGINT acts as ever."""
 
     def handle(number: int, frame: object) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         stop(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    for number in (signal.SIGTERM, signal.SIGINT, *hangup):
         signal.signal(number, handle)

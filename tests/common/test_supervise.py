@@ -199,3 +199,15 @@ def test_a_noted_process_is_alive_until_it_dies_even_as_a_zombie(tmp_path: Path)
     child.wait()
     path.write_text(f"{os.getpid()} 1\n")
     assert not supervise.noted_alive(path)
+
+
+@pytest.mark.parametrize(("nohup", "said"), [(False, "stop 1\n"), (True, "")])
+def test_a_hangup_stops_unless_the_process_was_started_to_outlive_it(nohup: bool, said: str) -> None:
+    code = (
+        "import signal, time; from rin.common.supervise import stop_on_signals\n"
+        f"signal.signal(signal.SIGHUP, signal.SIG_IGN if {nohup} else signal.SIG_DFL)\n"
+        "stop_on_signals(lambda number: print('stop', number, flush=True))\n"
+        "signal.raise_signal(signal.SIGHUP); time.sleep(0.1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == said
