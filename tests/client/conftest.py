@@ -107,11 +107,17 @@ def ingest_small(home: Home, rows: list[int], patients: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def global_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plan_bytes() -> bytes:
+    """The small plan as `small_site()` makes it."""
+    return PLAN.format(labels=label_set_digest(), steps=8).encode()
+
+
+@pytest.fixture(scope="session")
+def global_weights(tmp_path_factory: pytest.TempPathFactory, plan_bytes: bytes) -> Path:
     """Weights of the small plan's network, named by their digest."""
     from rin.common import backbones, weights
 
-    network = backbones.initial(parse_plan(PLAN.format(labels=label_set_digest(), steps=8).encode()).model, 1)
+    network = backbones.initial(parse_plan(plan_bytes).model, 1)
     path = tmp_path_factory.mktemp("weights") / "x"
     return path.rename(path.with_name(weights.save(path, network, weights.layout_of(network))))
 
