@@ -13,9 +13,11 @@ import asyncio
 import logging
 import logging.handlers
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+import anyio.to_thread
 from starlette.responses import FileResponse
 
 from rin.common import log as logs
@@ -30,7 +32,8 @@ from rin.server.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
-_BLOCK: Final = 512 << 10
+_BLOCK: Final = 128 << 10  # bytes handed to the disk at once: memory stays flat in the number of sites
+_THREADS: Final = 2  # that read, hash and write files
 _WEIGHTS: Final = re.compile(rb"/v1/weights/([0-9a-f]{64})")
 _UPDATES: Final = re.compile(rb"/v1/updates/([1-9][0-9]{0,5})/([A-Za-z0-9-]{1,32})")
 _RANGE: Final = re.compile(r"bytes=[0-9]{1,13}-[0-9]{0,13}")  # one range; FileResponse reads it
@@ -87,6 +90,8 @@ class Gateway:
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))
+        anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS  # starlette's FileResponse
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self._fleet.close()
@@ -117,7 +122,6 @@ class Gateway:
             raise Refusal(416, "bad-request")
         with self._quota.transfer(grant.ticket, lambda: exchange.sent, path.stat().st_size):
             response = FileResponse(path, media_type="application/octet-stream")
-            response.chunk_size = _BLOCK
             await response(exchange.scope, exchange.receive, exchange.send)
 
     async def _updates(self, exchange: Exchange, number: int, site: str) -> None:
@@ -171,13 +175,13 @@ async def _stream(exchange: Exchange, receiver: Receiver) -> bool:
                 waiting.append(message.get("body", b""))
                 size, more = size + len(waiting[-1]), message.get("more_body", False)
                 if size >= _BLOCK:
-                    block, waiting, size = b"".join(waiting), [], 0
-                    await asyncio.to_thread(receiver.append, block)
+                    pieces, waiting, size = waiting, [], 0
+                    await asyncio.to_thread(receiver.append, pieces)
                     limit.reschedule(clock() + STALL_S)
         return True
     finally:
         if waiting:
-            await asyncio.to_thread(receiver.append, b"".join(waiting))
+            await asyncio.to_thread(receiver.append, waiting)
 
 
 def _start(exchange: Exchange, total: int) -> int:

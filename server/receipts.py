@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -209,19 +209,20 @@ class Receiver:
         self._sha.update(memoryview(block)[len(ahead) :])
         self._size += len(block)
 
-    def append(self, block: bytes) -> None:
+    def append(self, pieces: Iterable[bytes]) -> None:
         """Take the next bytes.
 
         Raises:
             RefusedError: update-header, update-length; what had arrived is dropped.
         """
         assert self._file is not None, "append outside of with"
-        if self._size + len(block) > self.total:
-            self._refuse("update-length")
-        self._take(block)
-        view = memoryview(block)
-        while view:
-            view = view[self._file.write(view) :]
+        for piece in pieces:
+            if self._size + len(piece) > self.total:
+                self._refuse("update-length")
+            self._take(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[self._file.write(view) :]
 
     def finish(self) -> Receipt:
         """Publish the whole update: the weight file first, its record second, which makes it a receipt.
@@ -290,6 +291,5 @@ def accept_file(run: RunDir, token: str, manifest: bytes, signature: bytes, path
         RefusedError: with the reason; no receipt exists then.
     """
     with Receiver(run, token, manifest, signature) as receiver:
-        for block in blocks(path, offset=receiver.offset()):
-            receiver.append(block)
+        receiver.append(blocks(path, offset=receiver.offset()))
         return receiver.finish()
