@@ -22,10 +22,16 @@ def test_the_auc_task_has_few_training_and_a_thousand_test_images() -> None:
     assert load.keywords["test"] >= 1000
 
 
-@pytest.mark.parametrize("name", ["phantom-nodule", "", "a b", "../x", "<b>", "é"])
+@pytest.mark.parametrize("name", ["phantom-nodule", ".", "a b", "../x", "<b>", "é"])
 def test_names_that_would_be_paths_or_markup_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be a task's name"):
         image_folder_task(Path(), name)
+
+
+def test_a_folders_name_is_its_tasks_name(tmp_path: Path) -> None:
+    (tmp_path / "brain-mr").mkdir()
+    assert image_folder_task(tmp_path / "brain-mr").name == "brain-mr"
+    assert image_folder_task(tmp_path / "brain-mr", "other").name == "other"
 
 
 def test_named_tasks_names_what_it_does_not_know() -> None:
