@@ -133,7 +133,8 @@ class HttpCarrier:
             sha = _Hash()
             while block := file.read(BLOCK):
                 sha.update(block)
-            headers = _bearer(ticket) | ({"Range": f"bytes={sha.size}-"} if sha.size else {})
+            resumed = sha.size > 0
+            headers = _bearer(ticket) | ({"Range": f"bytes={sha.size}-"} if resumed else {})
             with self._client.stream("GET", f"/v1/weights/{digest}", headers=headers) as response:
                 if response.status_code == 416:
                     file.truncate(0)
@@ -152,7 +153,8 @@ class HttpCarrier:
                 raise TransferError("the connection ended early")
             if sha.size > total or sha.hexdigest() != digest:
                 file.truncate(0)
-                raise TransferError("the weights do not match their digest", code="bad-weights", retry=False)
+                # Where a part lay already, it may be that which was damaged: once more from the start.
+                raise TransferError("the weights do not match their digest", code="bad-weights", retry=resumed)
             os.fsync(file.fileno())
 
 

@@ -17,7 +17,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rin.server.rundir import RunDir
 
 MAX_CONNECTIONS: Final = 512
-HEAD_S: Final = 15.0  # for the whole head of a request, from the connection or from its first byte
 IDLE_S: Final = 15  # an open connection without a request; SuperNodes ask every 3 s
 MAX_HEAD: Final = 32 << 10  # bytes; a manifest of 16 KiB in base64url fits
 BUFFER: Final = 64 << 10  # bytes a connection and direction; with asyncio's 256 KiB ten uploads cost 13 MB more
@@ -31,6 +30,7 @@ class Connection(H11Protocol):
     """
 
     tap: ClassVar[BinaryIO | None] = None  # open for appending: gets every byte that arrives, decrypted
+    head_s: ClassVar[float] = 15.0  # for the whole head of a request, from the connection or from its first byte
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -63,7 +63,7 @@ class Connection(H11Protocol):
 
     def _watch_head(self) -> None:
         if self._late is None and not self.transport.is_closing():
-            self._late = self.loop.call_later(HEAD_S, self._drop)
+            self._late = self.loop.call_later(self.head_s, self._drop)
 
     def _unwatch_head(self) -> None:
         if self._late is not None:

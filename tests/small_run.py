@@ -154,9 +154,13 @@ class SmallRun:
             log.close()
 
     def raw(self, request: bytes, *, timeout: float = 10.0) -> tuple[int, dict[str, str], bytes]:
-        """Send bytes over TLS as they are, and read one answer: status, headers in lower case, body."""
+        """Send bytes over TLS as they are, and read one answer: status, headers in lower case, body.
+
+        The status is 0 when the gateway has closed before it took all and its answer was lost on the way.
+        """
         with self.connect(timeout=timeout) as link:
-            link.sendall(request)
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                link.sendall(request)
             return read_answer(link)
 
     def connect(self, *, timeout: float = 10.0) -> ssl.SSLSocket:
@@ -179,7 +183,7 @@ class SmallRun:
                 self.send_header("Content-Type", "application/protobuf")
                 self.send_header("Content-Length", "3")
                 self.send_header("X-Kept", "yes")
-                self.send_header("Connection", "x-between")
+                self.send_header("Connection", "close, x-between")
                 self.send_header("X-Between", "no")
                 self.end_headers()
                 self.wfile.write(b"ok\n")

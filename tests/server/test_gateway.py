@@ -1,0 +1,495 @@
+"""The public port: the literal table, tickets, uploads that are cut, killed, wrong or repeated; all over real TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+from rin.common import keys
+from rin.common.transfer import HttpCarrier, content_range
+from rin.server import receipts, tickets
+from rin.server.fleet import MAX_BODY, NODE_HEADERS, UPSTREAM
+from rin.server.gateway import Gateway
+from tests.small_run import SmallRun, Update, free_port, read_answer, wait_for
+
+NODE = "flwr-public-key: a2V5\r\nflwr-signature: c2ln\r\nflwr-timestamp: 2026-11-23T00:00:00+00:00\r\n"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRun]:
+    run = SmallRun(tmp_path_factory.mktemp("gateway"))
+    with run.gateway("--tap", str(run.folder / "tap")):
+        yield run
+
+
+@pytest.fixture
+def seen(small: SmallRun) -> Iterator[list[tuple[str, str, dict[str, str], bytes]]]:
+    with small.upstream() as requests:
+        yield requests
+
+
+def post(target: str, headers: str = NODE, body: bytes = b"") -> bytes:
+    head = f"POST {target} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+    return head.encode("latin-1") + body
+
+
+def request(update: Update, method: str = "PUT", body: bytes = b"", **headers: str) -> bytes:
+    rows = update.headers | {"Host": "localhost", "Content-Length": str(len(body))}
+    rows |= {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in rows.items() if value)
+    return f"{method} /v1/updates/{update.number}/{update.site} HTTP/1.1\r\n{lines}\r\n".encode() + body
+
+
+def head(small: SmallRun, update: Update) -> tuple[int, dict[str, str], bytes]:
+    return small.raw(request(update, "HEAD", Content_Length=""))
+
+
+def send(small: SmallRun, update: Update) -> None:
+    with HttpCarrier(small.address, small.ca, tries=2) as carrier:
+        carrier.send(
+            update.number, update.site, update.ticket, update.path, update.manifest.to_bytes(), update.signature
+        )
+
+
+def last_put(small: SmallRun, update: Update) -> tuple[int, int]:
+    """Status and bytes of the last PUT of the update's round, from the access log, whose line follows the answer."""
+
+    def rows() -> list[dict[str, int]]:
+        lines = [json.loads(line) for line in (small.run.log / "access.jsonl").read_text().splitlines()]
+        return [row for row in lines if row["method"] == "PUT" and row.get("round") == update.number]
+
+    wait_for(lambda: rows() and rows()[-1]["status"])
+    return rows()[-1]["status"], rows()[-1]["in"]
+
+
+# --- the literal table ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method,path", list(UPSTREAM))
+def test_the_table_is_passed_on(small: SmallRun, seen: list, method: str, path: bytes) -> None:
+    body = b"\x00body" if method == "POST" else b""
+    ask = post(path.decode(), NODE + "X-Mine: 1\r\nConnection: keep-alive, x-hop\r\nX-Hop: 1\r\n", body)
+    status, headers, answer = small.raw(ask.replace(b"POST", method.encode(), 1))
+    assert (status, answer, headers["x-kept"]) == (200, b"ok\n", "yes")
+    assert "x-between" not in headers
+    ((got_method, got_path, got, got_body),) = seen
+    assert (got_method, got_path, got_body) == (method, path.decode(), body)
+    assert got["host"].startswith("127.0.0.1:") and "x-hop" not in got
+    if method == "POST":
+        assert [got[name] for name in NODE_HEADERS] == ["a2V5", "c2ln", "2026-11-23T00:00:00+00:00"]
+        assert got["x-mine"] == "1"
+
+
+def test_the_table_is_flowers_without_registration() -> None:
+    from flwr.common.constant import TIMESTAMP_HEADER
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+    from flwr.supernode import fleet_http_client
+
+    source = Path(fleet_http_client.__file__).read_text()
+    ours = {target for (method, _), target in UPSTREAM.items() if method == "POST"}
+    theirs = {line.split('"')[1] for line in source.splitlines() if 'path="/v1/fleet/' in line}
+    assert theirs - ours == {"/v1/fleet/register-node", "/v1/fleet/unregister-node"} and ours < theirs
+    assert NODE_HEADERS == (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
+
+
+HOSTILE = [
+    "/",
+    "*",
+    "/v1",
+    "/docs",
+    "/openapi.json",
+    "/v1/fleet/",
+    "/v1/fleet/register-node",
+    "/v1/fleet/unregister-node",
+    "/v1/control/list-runs",
+    "/v1/runtime/acquire-task",
+    "/v1/fleet/../control/list-runs",
+    "/v1/fleet/%2e%2e/control/list-runs",
+    "/v1/fleet/%2E%2E/control/list-runs",
+    "/v1/fleet/..%2fcontrol/list-runs",
+    "/v1/fleet/..%2Fruntime/acquire-task",
+    "/v1/fleet/%2e%2e%2fruntime/acquire-task",
+    "/v1/fleet/%252e%252e/control/list-runs",
+    "/v1/fleet/..\\control\\list-runs",
+    "/v1/fleet/..;/control/list-runs",
+    "/v1/fleet/pull-messages/../../control/list-runs",
+    "/v1/fleet/pull-messages/",
+    "/v1/fleet/pull-messages;x",
+    "/v1/fleet/pull-messages?x=1",
+    "/v1/fleet/pull-messages#x",
+    "/v1/fleet/pull-messages%00",
+    "/v1/fleet/pull%2dmessages",
+    "/v1/fleet/Pull-Messages",
+    "/V1/fleet/pull-messages",
+    "//v1/fleet/pull-messages",
+    "/v1//fleet/pull-messages",
+    "/v1/./fleet/pull-messages",
+    "/x/../v1/fleet/pull-messages",
+    "https://localhost/v1/fleet/pull-messages",
+    "http://127.0.0.1/v1/control/list-runs",
+    "/health",
+    "/health/../v1/control/list-runs",
+]
+
+
+@pytest.mark.parametrize("target", HOSTILE)
+def test_every_other_target_is_404(small: SmallRun, seen: list, target: str) -> None:
+    status, headers, body = small.raw(post(target, body=b"x"))
+    assert (status, headers["content-length"], body) == (404, "0", b"")
+    assert not seen
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "post"])
+def test_every_other_method_is_404(small: SmallRun, seen: list, method: str) -> None:
+    ask = post("/v1/fleet/pull-messages").replace(b"POST", method.encode(), 1)
+    assert small.raw(ask)[0] == 404
+    assert not seen
+
+
+@pytest.mark.parametrize("method", ["HEAD", "POST", "OPTIONS"])
+def test_health_is_get_only(small: SmallRun, seen: list, method: str) -> None:
+    assert small.raw(post("/health").replace(b"POST", method.encode(), 1))[0] == 404
+    assert not seen
+
+
+@pytest.mark.parametrize("left_out", NODE_HEADERS)
+def test_a_call_without_a_node_header_stays_here(small: SmallRun, seen: list, left_out: str) -> None:
+    rows = "".join(line + "\r\n" for line in NODE.splitlines() if not line.startswith(left_out))
+    assert small.raw(post("/v1/fleet/pull-messages", rows))[0] == 401
+    assert small.raw(post("/v1/fleet/pull-messages", NODE + rows))[0] == 401  # two of the others: whose is it?
+    assert not seen
+
+
+def test_large_bodies_stay_here(small: SmallRun, seen: list) -> None:
+    length = NODE + f"Content-Length: {MAX_BODY + 1}\r\n"
+    ask = f"POST /v1/fleet/push-object HTTP/1.1\r\nHost: localhost\r\n{length}\r\n".encode()
+    assert small.raw(ask)[0] == 413  # before a byte of it
+    chunked = f"POST /v1/fleet/push-object HTTP/1.1\r\nHost: localhost\r\n{NODE}Transfer-Encoding: chunked\r\n\r\n"
+    assert small.raw(chunked.encode() + b"50000\r\n" + b"x" * 0x50000)[0] == 413
+    assert not seen
+    assert small.raw(post("/v1/fleet/push-object", body=b"x" * MAX_BODY))[0] == 200
+
+
+def test_502_at_once_when_the_superlink_is_down(small: SmallRun) -> None:
+    began = time.monotonic()
+    assert small.raw(post("/v1/fleet/pull-messages"))[::2] == (502, b"")
+    assert small.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 502
+    assert time.monotonic() - began < 2
+
+
+def test_a_superlink_with_another_ca_is_not_trusted(small: SmallRun, tmp_path: Path) -> None:
+    other = SmallRun(tmp_path, upstream_port=small.upstream_port)
+    with other.upstream() as requests:
+        assert small.raw(post("/v1/fleet/pull-messages"))[0] == 502
+    assert not requests
+
+
+def test_websockets_and_other_scopes_are_denied(small: SmallRun, seen: list) -> None:
+    upgrade = (
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    assert small.raw(upgrade)[0] == 200  # an ordinary GET: nothing is upgraded
+    sent = []
+
+    async def scope(kind: str) -> None:
+        async def send(message: object) -> None:
+            sent.append(message)
+
+        async def receive() -> dict[str, str]:
+            return {"type": "websocket.connect"}
+
+        await Gateway(small.run, small.upstream_port)({"type": kind, "raw_path": b"/health"}, receive, send)
+
+    asyncio.run(scope("websocket"))
+    assert sent == [{"type": "websocket.close"}]
+
+
+@pytest.mark.parametrize("ask", [b"\x00\x01\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\nA b: c\r\n\r\n"])
+def test_malformed_requests_get_an_empty_400(small: SmallRun, ask: bytes) -> None:
+    status, _, body = small.raw(ask)
+    assert (status, body) == (400, b"")
+
+
+# --- tickets ----------------------------------------------------------------------------------------------------
+
+
+def weights(small: SmallRun, digest: str, *rows: str, path: str = "") -> tuple[int, dict[str, str], bytes]:
+    lines = "".join(row + "\r\n" for row in rows)
+    return small.raw(f"GET {path or f'/v1/weights/{digest}'} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
+
+
+def test_weights_need_the_ticket_of_their_round(small: SmallRun) -> None:
+    ticket = f"Authorization: Bearer {small.ticket(small.next_round(), 'siteA')}"
+    content, _ = small.content(b"global")
+    assert weights(small, small.base, ticket)[::2] == (200, content)
+    status, headers, part = weights(small, small.base, ticket, "Range: bytes=10-19")
+    assert (status, part, headers["content-range"]) == (206, content[10:20], f"bytes 10-19/{len(content)}")
+    assert weights(small, small.base, ticket, f"Range: bytes={len(content)}-")[0] == 416
+    assert weights(small, small.base, ticket, "Range: bytes=0-1,5-6")[0] == 416
+    other = small.publish(b"of another round")
+    refused = [
+        weights(small, other, ticket),
+        weights(small, "0" * 64, ticket),
+        weights(small, small.base),
+        weights(small, small.base, "Authorization: Bearer " + "x" * 43),
+        weights(small, small.base, ticket, ticket),
+        weights(small, small.base, ticket.replace("Bearer", "Basic")),
+        weights(small, small.base, path=f"/v1/weights/{small.base}?{ticket[22:]}"),
+    ]
+    assert [status for status, _, _ in refused] == [404, 404, 401, 401, 401, 401, 404]
+    assert all(body == b"" for _, _, body in refused)
+
+
+@pytest.mark.parametrize(
+    "name", ["../plan.toml", "..%2frun.json", "A" * 64, "%2e%2e/members.json", "0" * 63, "0" * 65, ""]
+)
+def test_weights_are_named_by_digest_only(small: SmallRun, name: str) -> None:
+    ticket = f"Authorization: Bearer {small.ticket(small.next_round(), 'siteA')}"
+    assert weights(small, "", ticket, path=f"/v1/weights/{name}")[0] == 404
+    assert weights(small, "", ticket, path=f"/v1/weights/../../ca/{name}")[0] == 404
+
+
+def test_a_foreign_wrong_stale_or_void_ticket_opens_nothing(small: SmallRun) -> None:
+    mine, theirs = small.update("siteA"), small.update("siteB")
+    wrong = {
+        "another site's path": (replace(mine, site="siteB"), 403),
+        "another round's path": (replace(mine, number=mine.number + 1), 403),
+        "never issued": (replace(mine, ticket=mine.ticket[:-1] + ("A" if mine.ticket[-1] != "A" else "B")), 401),
+        "of no round": (replace(mine, ticket="99999." + "A" * 43), 401),
+        "another site's ticket": (replace(mine, ticket=theirs.ticket), 403),
+        "no ticket": (replace(mine, ticket=""), 401),
+    }
+    for what, (update, status) in wrong.items():
+        assert head(small, update)[0] == status, what
+        assert small.raw(request(update, body=mine.path.read_bytes()))[0] in (status, 0), what
+    tickets.close(small.run, mine.number)
+    assert head(small, mine)[0] == 410
+    assert weights(small, small.base, f"Authorization: Bearer {mine.ticket}")[0] == 410
+    tickets.void(small.run, "siteB")
+    assert head(small, theirs)[0] == 401
+    assert not receipts.receipts(small.run, mine.number) and not receipts.receipts(small.run, theirs.number)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/updates/0001/siteA", "/v1/updates/1/..", "/v1/updates/1/siteA/", "/v1/updates/1"]
+)
+def test_update_paths_are_literal(small: SmallRun, path: str) -> None:
+    update = small.update("siteA")
+    ask = request(update).replace(f"/v1/updates/{update.number}/siteA".encode(), path.encode(), 1)
+    assert small.raw(ask)[0] == 404
+
+
+def test_no_byte_of_an_upload_is_read_before_the_ticket_holds(small: SmallRun) -> None:
+    update = small.update("siteA")
+    size = str(small.layout.file_bytes)
+    stranger = replace(update, ticket="1." + "A" * 43)
+    assert small.raw(request(stranger, Content_Length=size, Expect="100-continue"))[0] == 401
+    assert small.raw(request(update, Content_Length=size, Expect="100-continue"))[0] == 100
+
+
+# --- uploads ----------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_becomes_a_receipt_once(small: SmallRun) -> None:
+    update = small.update("siteA")
+    send(small, update)
+    found = receipts.receipt(small.run, update.number, "siteA")
+    assert found and found.manifest == update.manifest and found.path.read_bytes() == update.path.read_bytes()
+    assert found.path.stat().st_mode & 0o777 == 0o400
+    status, headers, _ = head(small, update)
+    assert (status, headers["x-rin-update"], headers["x-rin-code"]) == (409, update.manifest.update, "update-duplicate")
+    assert small.raw(request(update, body=update.path.read_bytes()))[0] in (409, 0)
+    send(small, update)  # an answer that was lost: the same update again is a success
+    assert weights(small, small.base, f"Authorization: Bearer {update.ticket}")[0] == 409  # a spent ticket
+    other = small.update("siteA", number=update.number, seed=b"second")
+    with pytest.raises(Exception, match="already has a receipt"):
+        send(small, other)
+    assert found.path.read_bytes() == update.path.read_bytes()
+
+
+def cut(small: SmallRun, update: Update, size: int) -> None:
+    """Send the first `size` bytes of an upload and break the connection."""
+    content = update.path.read_bytes()
+    with small.connect() as link:
+        link.sendall(request(update, Content_Length=str(len(content))) + content[:size])
+        wait_for(lambda: part_size(small, update) >= size - (256 << 10))
+
+
+def part_size(small: SmallRun, update: Update) -> int:
+    return sum(path.stat().st_size for path in small.run.receipts(update.number).glob(f".{update.site}.*.part"))
+
+
+def offset(small: SmallRun, update: Update) -> int:
+    return int(head(small, update)[1]["x-rin-offset"])
+
+
+def test_a_cut_upload_goes_on_where_it_stopped(small: SmallRun) -> None:
+    update = small.update("siteA")
+    cut(small, update, 3_000_000)
+    wait_for(lambda: offset(small, update) == 3_000_000)
+    assert receipts.receipts(small.run, update.number) == []
+    send(small, update)
+    assert receipts.receipt(small.run, update.number, "siteA")
+    assert last_put(small, update) == (201, small.layout.file_bytes - 3_000_000)
+
+
+def test_kill_9_of_the_gateway_in_an_upload_costs_nothing(tmp_path: Path) -> None:
+    small = SmallRun(tmp_path)
+    update = small.update("siteA")
+    with small.gateway() as process:
+        content = update.path.read_bytes()
+        with small.connect() as link:
+            link.sendall(request(update, Content_Length=str(len(content))) + content[:4_000_000])
+            wait_for(lambda: part_size(small, update) > 3_000_000)
+            process.kill()
+            process.wait()
+    with small.gateway():
+        arrived = offset(small, update)
+        assert arrived > 3_000_000
+        send(small, update)
+        found = receipts.receipt(small.run, update.number, "siteA")
+        assert found and found.path.read_bytes() == content
+    assert last_put(small, update) == (201, len(content) - arrived)
+
+
+def test_a_damaged_part_is_dropped_and_sent_again(small: SmallRun) -> None:
+    update = small.update("siteA")
+    cut(small, update, 2_000_000)
+    wait_for(lambda: offset(small, update) == 2_000_000)
+    (part,) = small.run.receipts(update.number).glob(".siteA.*.part")
+    damaged = bytearray(part.read_bytes())
+    damaged[1_000_000] ^= 1
+    part.write_bytes(damaged)
+    send(small, update)
+    found = receipts.receipt(small.run, update.number, "siteA")
+    assert found and found.path.read_bytes() == update.path.read_bytes()
+
+
+def bad_uploads(small: SmallRun, update: Update) -> dict[str, tuple[Update, bytes, dict[str, str], int]]:
+    content = update.path.read_bytes()
+    total = len(content)
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    size = {"Content_Length": str(total)}
+    another = update.manifest.model_copy(update={"round": update.number + 1})
+    return {
+        "short": (update, content[:-4], {"Content_Length": str(total - 4)}, 422),
+        "long": (update, content + b"1234", {}, 422),
+        "a range of another total": (update, content, {"Content_Range": content_range(0, total + 4)}, 422),
+        "a range that begins later": (update, content[8:], {"Content_Range": content_range(8, total)}, 503),
+        "a range without sense": (update, content, {"Content_Range": "bytes 0-"}, 422),
+        "no length": (update, b"0\r\n\r\n", {"Content_Length": "", "Transfer_Encoding": "chunked"}, 411),
+        "another header": (update, b"\x01" + content[1:], size, 422),
+        "metadata in the header": (update, content[:9] + b'"__metadata__"' + content[23:], size, 422),
+        "another digest": (update, flipped, size, 422),
+        "signed by another site": (replace(update, signature=small.sign("siteB", update.manifest)), content, size, 422),
+        "signature of another round": (replace(update, manifest=another), content, size, 422),
+        "no signature": (replace(update, signature=b""), content, size, 400),
+    }
+
+
+@pytest.mark.parametrize("what", [
+    "short", "long", "a range of another total", "a range that begins later", "a range without sense", "no length",
+    "another header", "metadata in the header", "another digest", "signed by another site",
+    "signature of another round", "no signature",
+])  # fmt: skip
+def test_a_wrong_upload_never_becomes_a_receipt(small: SmallRun, what: str) -> None:
+    update = small.update("siteA")
+    sent, body, headers, status = bad_uploads(small, update)[what]
+    assert small.raw(request(sent, body=body, **headers))[0] in (status, 0)
+    assert last_put(small, update)[0] == status
+    assert receipts.receipts(small.run, update.number) == []
+    assert not list(small.run.receipts(update.number).glob("*.safetensors"))
+    send(small, update)  # and the right one still may
+    assert len(receipts.receipts(small.run, update.number)) == 1
+
+
+def test_two_writers_of_one_update_are_kept_apart(small: SmallRun) -> None:
+    update = small.update("siteA")
+    content = update.path.read_bytes()
+    with small.connect() as link:
+        link.sendall(request(update, Content_Length=str(len(content))) + content[:1_000_000])
+        wait_for(lambda: part_size(small, update) > 500_000)
+        assert small.raw(request(update, body=content))[0] in (503, 0)
+        link.sendall(content[1_000_000:])
+        assert read_answer(link)[0] == 201
+
+
+def test_the_round_that_closes_meanwhile_takes_no_receipt(small: SmallRun) -> None:
+    update = small.update("siteA")
+    content = update.path.read_bytes()
+    with small.connect() as link:
+        link.sendall(request(update, Content_Length=str(len(content))) + content[:1_000_000])
+        wait_for(lambda: part_size(small, update) > 500_000)
+        tickets.close(small.run, update.number)
+        link.sendall(content[1_000_000:])
+        assert read_answer(link)[0] == 410
+    assert receipts.receipts(small.run, update.number) == []
+    assert part_size(small, update) == 0
+
+
+def test_a_link_in_the_place_of_a_part_is_not_followed(small: SmallRun, tmp_path: Path) -> None:
+    update = small.update("siteA")
+    folder = small.run.receipts(update.number)
+    folder.mkdir(parents=True)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"")
+    (folder / f".siteA.{update.manifest.request}.{update.manifest.update}.part").symlink_to(victim)
+    assert small.raw(request(update, body=update.path.read_bytes()))[0] in (500, 503, 0)
+    assert victim.read_bytes() == b"" and receipts.receipts(small.run, update.number) == []
+
+
+def test_507_when_the_disk_reserve_is_reached(tmp_path: Path) -> None:
+    small = SmallRun(tmp_path)
+    update = small.update("siteA")
+    with small.gateway("--reserve-gib", "1e6"):
+        status, headers, _ = head(small, update)
+    assert (status, headers["x-rin-code"]) == (507, "disk-full")
+
+
+# --- what stays behind ------------------------------------------------------------------------------------------
+
+
+def test_no_ticket_is_on_disk_but_as_a_hash(small: SmallRun) -> None:
+    update = small.update("siteA")
+    assert small.raw(request(update).replace(b" HTTP/1.1", f"?ticket={update.ticket} HTTP/1.1".encode(), 1))[0] == 404
+    send(small, update)
+    texts = [path.read_bytes() for path in small.run.root.rglob("*") if path.is_file()]
+    texts.append((small.folder / "gateway.out").read_bytes())
+    assert not any(update.ticket.encode() in text for text in texts)
+    assert keys.sha256(update.ticket.encode()).encode() in b"".join(texts)
+
+
+def test_the_tap_holds_what_arrived(small: SmallRun, seen: list) -> None:
+    small.raw(post("/v1/fleet/push-object", NODE + "X-Canary: in a header\r\n", b"canary in a body"))
+    tapped = (small.folder / "tap").read_bytes()
+    assert b"X-Canary: in a header" in tapped and b"canary in a body" in tapped
+
+
+def test_a_taken_port_is_said_in_one_line(tmp_path: Path) -> None:
+    small = SmallRun(tmp_path)
+    with small.gateway():
+        command = [sys.executable, "-m", "rin.server.gateway", "--run", str(small.run.root), "--upstream-port", "1"]
+        done = subprocess.run([*command, "--port", str(small.port)], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "Address already in use" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_gateway_imports_neither_flower_nor_torch() -> None:
+    code = "import sys, rin.server.gateway; print({'flwr', 'torch', 'numpy', 'grpc'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_an_https_client_sees_an_ordinary_server(small: SmallRun, seen: list) -> None:
+    with httpx.Client(verify=keys.client_context(small.ca), trust_env=False) as client:
+        assert client.get(f"https://127.0.0.1:{small.port}/health").text == "ok\n"
+    assert free_port() != small.port
