@@ -17,7 +17,7 @@ from rin.common.labels import label_set
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """The images of one split, or of all, that carry at least one declared label; image `i` is the same one in every process.
+    """The images of one split, or of all, with a declared label; image `i` is the same one in every process.
 
     The order is by pseudonyms, so that the same archive and key give the same order however they were ingested.
 
