@@ -74,6 +74,8 @@ def start(home: Home, *, only: str | None = None, on_line: Callable[[str], None]
             if not (home.net / "coordinator.json").exists():
                 raise StateError("this home has not joined a consortium", step="run `rin-client join INVITE`")
             stack.enter_context(lock(home.net / "agent.lock", holder="rin-client"))
+        if "trainer" in halves:  # each half has its lock: they may be two users
+            stack.enter_context(lock(home.vault_log / "agent.lock", holder="rin-client"))
         site = _Site(home, halves, on_line)
         pids = (home.net if "agent" in halves else home.vault_log) / "pids"
         site.supervisor = stack.enter_context(Supervisor(pids, report=site.report))

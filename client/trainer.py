@@ -278,10 +278,10 @@ class Trainer:
             refusal = refusal_of(error)
             if refusal.code == "internal":
                 log.error("round %d failed", request.round, exc_info=error)
-            self.events.add("request-refused", round=request.round, code=refusal.code)
             self.show(
                 state="idle", round=request.round, code=refusal.code, text=refusal.message, step_next=refusal.step
             )
+            self.events.add("request-refused", round=request.round, code=refusal.code)  # whoever sees it reads the text
             raise refusal from None
 
     def show(self, **fields: Any) -> None:

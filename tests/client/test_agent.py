@@ -209,11 +209,15 @@ def test_a_coordinator_that_refuses_is_told_in_one_line(running: Callable[..., A
     assert site.lines().count("another CA") == 1
 
 
-def test_a_second_agent_of_a_home_says_so(running: Callable[..., Agent]) -> None:
-    running("--only", "agent").says("patient files")
-    second = running("--only", "agent")
+@pytest.mark.parametrize("half", ["agent", "trainer"])
+def test_a_second_agent_of_a_home_says_so_and_disturbs_nothing(running: Callable[..., Agent], half: str) -> None:
+    first = running("--only", half)
+    first.child("flower-supernode" if half == "agent" else "rin.client.airlock")
+    below = first.children()
+    second = running("--only", half)
     assert second.process.wait(30) == 1
     assert "another rin-client already works" in second.lines()
+    assert alive(below) == below
 
 
 def test_the_agent_half_neither_reads_nor_needs_the_vault(running: Callable[..., Agent], home: Home) -> None:
