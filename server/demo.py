@@ -353,7 +353,7 @@ def _bench(this: Demo, ingested: dict[str, dict[str, Any]], search: dict[str, An
     this.say(f"benchmark: {', '.join(plan.bench.tasks)}")
     summary = bench_run.bench(
         [this.run.checkpoint(plan.training.rounds)],
-        named_tasks(plan.bench.tasks),
+        named_tasks(list(plan.bench.tasks)),
         this.out,
         run=this.run,
         seeds=plan.bench.seeds,
