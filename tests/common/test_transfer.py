@@ -318,7 +318,8 @@ def test_a_certificate_that_does_not_hold_is_named(
     tmp_path: Path, days: tuple[int, int], name: str, words: str
 ) -> None:
     now = dt.datetime.now(dt.UTC)
-    ca, context = _certificate(tmp_path, *(now + dt.timedelta(days=each) for each in days), name)
+    begin, end = (now + dt.timedelta(days=each) for each in days)
+    ca, context = _certificate(tmp_path, begin, end, name)
     with pytest.raises(TransferError, match=words) as failed:
         probe(f"https://localhost:{_serve_once(context, b'')}", ca)
     assert failed.value.step and not failed.value.retry
