@@ -359,7 +359,7 @@ def test_kill_9_of_the_gateway_in_an_upload_costs_nothing(tmp_path: Path) -> Non
         send(small, update)
         found = receipts.receipt(small.run, update.number, "siteA")
         assert found and found.path.read_bytes() == content
-    assert last_put(small, update) == (201, len(content) - arrived)
+        assert last_put(small, update) == (201, len(content) - arrived)
 
 
 def test_a_damaged_part_is_dropped_and_sent_again(small: SmallRun) -> None:
