@@ -13,7 +13,6 @@ import ssl
 import stat
 import time
 from collections.abc import Callable, Iterator
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol, Self
 from urllib.parse import urlsplit
@@ -246,29 +245,6 @@ def make_client(address: str, ca: Path, proxy: str | None = None) -> httpx.Clien
     trust_env = proxy is None and not _is_loopback(address)
     context = client_context(ca)
     return httpx.Client(base_url=address, verify=context, proxy=proxy, trust_env=trust_env, timeout=TIMEOUT)
-
-
-def probe(address: str, ca: Path, proxy: str | None = None) -> float:
-    """Ask the gateway for a sign of life; the seconds by which this machine's clock is ahead of the coordinator's.
-
-    Raises:
-        TransferError: with the cause in words and the next step (wrong CA, expired, no TLS, nothing there).
-    """
-    with make_client(address, ca, proxy) as client:
-        try:
-            response = client.get("/health", timeout=10.0)
-        except httpx.HTTPError as error:
-            raise explain(error) from None
-    if response.status_code != 200:
-        raise TransferError(
-            f"the gateway answers, but with {response.status_code}: the coordinator behind it is not up",
-            step="wait; if it lasts, call the coordinator",
-        )
-    try:
-        there = parsedate_to_datetime(response.headers["date"]).timestamp()
-    except (KeyError, ValueError):
-        return 0.0
-    return time.time() - there
 
 
 # X.509 verification results of OpenSSL (x509_vfy.h) to what a person should do.
