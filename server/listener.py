@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.sslproto
+import os
 import resource
 import socket
 import ssl
@@ -91,7 +92,7 @@ def serve(app: Any, run: RunDir, sock: socket.socket, *, tap: Path | None = None
     asyncio.sslproto.SSLProtocol.max_size = BUFFER  # type: ignore[attr-defined]  # no public name for it
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8 * MAX_CONNECTIONS)), hard))
-    file = tap.open("ab", buffering=0) if tap else None
+    file = _open_tap(tap) if tap else None
     config = uvicorn.Config(
         app,
         loop="asyncio",  # uvloop is a fifth faster, but its buffers of 256 KiB a connection cannot be set
@@ -111,6 +112,11 @@ def serve(app: Any, run: RunDir, sock: socket.socket, *, tap: Path | None = None
         ssl_context_factory=_context,
     )
     uvicorn.Server(config).run(sockets=[sock])
+
+
+def _open_tap(path: Path) -> BinaryIO:
+    """For the owner only: the tap holds tickets and updates."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
 
 
 def _context(config: uvicorn.Config, default: Any) -> ssl.SSLContext:

@@ -473,6 +473,7 @@ def test_the_tap_holds_what_arrived(small: SmallRun, seen: list) -> None:
     small.raw(post("/v1/fleet/push-object", NODE + "X-Canary: in a header\r\n", b"canary in a body"))
     tapped = (small.folder / "tap").read_bytes()
     assert b"X-Canary: in a header" in tapped and b"canary in a body" in tapped
+    assert (small.folder / "tap").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_taken_port_is_said_in_one_line(tmp_path: Path) -> None:
