@@ -75,15 +75,15 @@ def bars(summary: Summary, kind: str) -> str | None:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(1.5 + 2.1 * len(tasks) + 0.5 * len(tasks) * (len(names) - 1), 3.1))
         axes = figure.add_subplot()
-        wide = 0.72 / (len(names) + 1)
         for place, task in enumerate(tasks):
             scores = {score.checkpoint: score.comparison for score in summary.scores if score.task == task.name}
             first = scores[names[0]]
             rows = [("random weights", RANDOM, first.random, first.random_seeds)]
-            rows += [
-                (n, COLOURS[i % len(COLOURS)], scores[n].checkpoint, scores[n].checkpoint_seeds)
-                for i, n in enumerate(names)
-            ]
+            for i, name in enumerate(names):
+                rows.append((name, COLOURS[i % len(COLOURS)], scores[name].checkpoint, scores[name].checkpoint_seeds))
+                if scores[name].random != first.random:  # another network has random weights of its own
+                    rows.append((f"random, for {name}", RANDOM, scores[name].random, scores[name].random_seeds))
+            wide = 0.72 / len(rows)
             for i, (name, colour, interval, seeds) in enumerate(rows):
                 x = place + (i - (len(rows) - 1) / 2) * wide
                 axes.bar(x, interval.value, wide * 0.9, color=colour, label=name if place == 0 else None)

@@ -40,10 +40,12 @@ class Prediction:
     Args:
         scores: float64 (images, classes) probabilities for AUC, (images,) Dice for Dice.
         examples: uint8 masks (EXAMPLES, 256, 256) of the images of `example_index` for Dice, else empty.
+        seconds: of the fine-tuning, wall clock; 0 where nobody looked.
     """
 
     scores: npt.NDArray[np.float64]
     examples: npt.NDArray[np.uint8]
+    seconds: float = 0.0
 
 
 def model_of(path: Path) -> Model:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import logging
-import time
+import itertools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,34 +13,21 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_safetensors
 
 from rin.common import fit, weights
 from rin.common.errors import ConfigError
-from rin.common.files import canonical_json, write_atomic, write_json
+from rin.common.files import write_json
 from rin.common.layout import file_digest
 from rin.common.plan import Model
 from rin.server.bench import history
 from rin.server.bench.datasets import Dataset
-from rin.server.bench.protocol import Prediction, Progress, compared, example_index, fine_tune, model_of
+from rin.server.bench.protocol import Prediction, Progress, compared, example_index, model_of
 from rin.server.bench.report import RANDOM, Examples, write_report
+from rin.server.bench.scores import Job, Start, predictions, workers
 from rin.server.bench.statistics import RESAMPLES
 from rin.server.bench.summary import Checkpoint, Summary, TaskFacts, TaskScore, summary_table
 from rin.server.bench.tasks import Task
 from rin.server.rundir import RunDir
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """One start of fine-tuning: a checkpoint, or random weights (`path` None) of the same network."""
-
-    name: str
-    path: Path | None
-    model: Model
-    identity: str  # what a stored score is reused for: the weights' digest, or nothing but the network
 
 
 def bench(
@@ -66,6 +49,7 @@ def bench(
     Args:
         run: a run directory whose rounds the report shows too.
         seeds: fine-tunings a task and start.
+        threads: fine-tunings at a time; the figures do not depend on it.
         progress: called with fine-tunings done and all fine-tunings.
         sites: site to its ingest report, for the report.
         privacy: result of a search for PHI canaries, for the report.
@@ -75,33 +59,25 @@ def bench(
         RefusedError: a weight file that cannot be read.
     """
     checkpoints, models = _checkpoints(paths)
-    scores: list[TaskScore] = []
-    facts: list[TaskFacts] = []
-    examples: dict[str, Examples] = {}
-    starts = [
-        start
-        for checkpoint, path, model in zip(checkpoints, paths, models, strict=True)
-        for start in (_Start(checkpoint.name, path, model, checkpoint.digest), _Start(RANDOM, None, model, "random"))
+    pairs = [
+        (Start(each.name, path, model, each.digest), Start(RANDOM, None, model, "random"))
+        for each, path, model in zip(checkpoints, paths, models, strict=True)
     ]
-    total, done = len(tasks) * seeds * len(starts), 0
-    for task in tasks:
-        data = task.load()
-        digest = data.digest()
-        found: list[list[Prediction]] = []
-        seconds: list[float] = []
-        for start in starts:
-            found.append([])
-            begun = time.monotonic()
-            for seed in range(seeds):
-                found[-1].append(_stored(start, task, data, digest, out / "scores", seed=seed, threads=threads))
-                progress(done := done + 1, total)
-            seconds.append(time.monotonic() - begun)
-        for place in range(0, len(starts), 2):
-            pair = [[prediction.scores for prediction in predictions] for predictions in found[place : place + 2]]
-            taken = sum(seconds[place : place + 2])
-            scores.append(compared(task, data, starts[place].name, *pair, seconds=taken))
-        facts.append(_task_facts(task, data))
-        examples[task.name] = _examples(task, data, {s.name: f[0] for s, f in zip(starts, found, strict=True)})
+    starts = list(dict.fromkeys(start for pair in pairs for start in pair))
+    done, total = itertools.count(1), len(tasks) * len(starts) * seeds
+    facts: list[TaskFacts] = []
+    scores: list[TaskScore] = []
+    examples: dict[str, Examples] = {}
+    with workers(threads) as executor:
+        for task in tasks:
+            data = task.load()
+            digest = data.digest()
+            jobs = [Job(start, task, digest, seed, out / "scores") for start in starts for seed in range(seeds)]
+            made = predictions(jobs, data, executor, finished=lambda: progress(next(done), total))
+            found = {start: made[i * seeds : (i + 1) * seeds] for i, start in enumerate(starts)}
+            facts.append(_task_facts(task, data))
+            scores += [_score(task, data, pair, found) for pair in pairs]
+            examples[task.name] = _examples(task, data, {start.name: found[start][0] for start in starts})
     summary = Summary(
         release=metadata.version("rin"),
         date=datetime.now(UTC).date().isoformat(),
@@ -140,26 +116,13 @@ def _checkpoints(paths: Sequence[Path]) -> tuple[list[Checkpoint], list[Model]]:
     return [Checkpoint(name, digest, weights.read_facts(path)) for name, digest, path in rows], models
 
 
-def _stored(
-    start: _Start, task: Task, data: Dataset, digest: str, folder: Path, *, seed: int, threads: int
-) -> Prediction:
-    """The prediction of one fine-tuning, from its file if it was finished before."""
-    tuning = dataclasses.asdict(task.tuning)
-    network = start.model.model_dump(mode="json")
-    key = [start.identity, network, task.name, task.kind, tuning, digest, seed, metadata.version("rin")]
-    path = folder / f"{hashlib.sha256(canonical_json(key)).hexdigest()}.safetensors"
-    try:
-        with safe_open(path, framework="np") as file:
-            return Prediction(file.get_tensor("scores"), file.get_tensor("examples"))
-    except FileNotFoundError:
-        pass
-    except SafetensorError:
-        logger.warning("a stored score could not be read and is made again")
-    made = fine_tune(start.model, start.path, task, data, seed=seed, threads=threads)
-    facts = {"start": start.name, "task": task.name, "seed": seed, "threads": threads}
-    tensors = {"scores": made.scores, "examples": made.examples}
-    write_atomic(path, to_safetensors(tensors, {"rin": json.dumps(facts, sort_keys=True)}))
-    return made
+def _score(
+    task: Task, data: Dataset, pair: tuple[Start, Start], found: Mapping[Start, Sequence[Prediction]]
+) -> TaskScore:
+    """One checkpoint against the random weights of its network."""
+    seconds = sum(each.seconds for start in pair for each in found[start])
+    ours, theirs = ([each.scores for each in found[start]] for start in pair)
+    return compared(task, data, pair[0].name, ours, theirs, seconds=seconds)
 
 
 def _task_facts(task: Task, data: Dataset) -> TaskFacts:

@@ -47,14 +47,14 @@ TASKS: Final[dict[str, Task]] = {
         "auc",
         "Benign or malignant: is the nodule smooth or spiculated?",
         partial(phantom_dataset, "phantom-nodule", train=96, test=1000),
-        FineTuning(steps=60, batch_size=32, learning_rate=1e-3),
+        FineTuning(steps=64, batch_size=16, learning_rate=1e-3),
     ),
     "phantom-lesion": Task(
         "phantom-lesion",
         "dice",
         "Outline of a spiculated lesion beside a smooth distractor",
-        partial(phantom_dataset, "phantom-lesion", train=64, test=200),
-        FineTuning(steps=60, batch_size=32, learning_rate=1e-3),
+        partial(phantom_dataset, "phantom-lesion", train=48, test=200),
+        FineTuning(steps=64, batch_size=16, learning_rate=1e-3),
     ),
 }
 

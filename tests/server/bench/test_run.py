@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,15 @@ def test_several_checkpoints_share_the_random_start_and_get_unique_names(
     assert all(checkpoint.name.startswith("round-0001-") for checkpoint in summary.checkpoints)
     assert summary.scores[0].comparison.random == summary.scores[1].comparison.random
     assert len(list((tmp_path / "scores").iterdir())) == 2 * 3
+
+
+@pytest.mark.slow
+def test_processes_beside_each_other_find_the_same_figures(checkpoints: list[Path], tmp_path: Path) -> None:
+    alone, _ = run(checkpoints[:1], tmp_path / "1", threads=1)
+    beside, seen = run(checkpoints[:1], tmp_path / "2", threads=2)
+    assert [score.comparison for score in beside.scores] == [score.comparison for score in alone.scores]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert not multiprocessing.active_children()
 
 
 def test_nothing_and_the_same_twice_are_refused(checkpoints: list[Path], tmp_path: Path) -> None:
