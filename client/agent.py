@@ -27,7 +27,7 @@ from rin.common import keys
 from rin.common.errors import RinError, StateError
 from rin.common.events import Event, Events, read_events
 from rin.common.files import lock, read_json, write_atomic, write_json
-from rin.common.flower import SHA256_ENV, child_env, write_executables
+from rin.common.flower import SHA256_ENV, SUPERNODE, child_env, write_executables
 from rin.common.supervise import BACKOFF, Child, Report, Supervisor, stop_on_signals
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class _Site:
         address = f"127.0.0.1:{_free_port()}"
         secret = ("--isolation", "process", "--superexec-auth-secret-file", str(runtime / "secret"))
         node = (
-            *(_program("flower-supernode"), "--superlink", f"{place.hostname}:{place.port or 443}"),
+            *(*SUPERNODE, "--superlink", f"{place.hostname}:{place.port or 443}"),
             *("--root-certificates", str(self.home.net / "ca.crt")),
             *("--auth-supernode-private-key", str(self.home.net / "node.key")),
             *("--host", "127.0.0.1", "--port", address.partition(":")[2], *secret),

@@ -27,6 +27,8 @@ STUB: Final = Path(__file__).parent / "fab"
 CLIENT_APP: Final = "rin.client.app"  # loaded by name at the site: common never imports client
 LOOPBACK: Final = "127.0.0.1,localhost"
 SHA256_ENV: Final = "RIN_FAB_SHA256"
+IDLE_S: Final = 0.8  # seconds between two questions of an idle SuperNode; one costs SuperLink about 5 ms of CPU
+SUPERNODE: Final = (sys.executable, "-c", "from rin.common.flower import run_supernode; run_supernode()")
 REASON: Final = "rin:"  # what a guarded error's reason begins with; one of CODES follows
 
 # Every command that a SuperExec may be told to start. Only one of them is ours at each end; the others are refused.
@@ -214,6 +216,32 @@ def run_guarded_clientapp() -> None:
     guard_clientapp(importlib.import_module("flwr.supernode.runtime.run_clientapp"), _Outcome())
     _scrub_flower_log()
     flwr_clientapp()
+
+
+class _Impatient:
+    """The module `time` for Flower's SuperNode: sleeps are cut to `IDLE_S`."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def sleep(self, seconds: float) -> None:
+        self._real.sleep(min(seconds, IDLE_S))
+
+
+def hurry_supernode(module: Any) -> None:
+    """Let Flower's SuperNode loop ask for messages every `IDLE_S` and not every 3 s: half the wall time of a round."""
+    module.time = _Impatient(module.time)
+
+
+def run_supernode() -> None:
+    """The stock `flower-supernode`, with a shorter pause between two questions; arguments from `sys.argv`."""
+    from flwr.supernode.cli import flower_supernode
+
+    hurry_supernode(importlib.import_module("flwr.supernode.start_client_internal"))
+    flower_supernode()
 
 
 def guard_serverapp(module: Any) -> None:

@@ -7,6 +7,7 @@ site's signed statement about one update.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from importlib import metadata
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -107,6 +108,7 @@ class Reply(_Wire):
         return self.code if self.code in CODES or not self.code else "internal"
 
 
+@functools.cache
 def lock_digest() -> str:
     """Hex SHA-256 over the sorted `name==version` of every installed distribution."""
     names = sorted({f"{dist.name.lower()}=={dist.version}" for dist in metadata.distributions()})

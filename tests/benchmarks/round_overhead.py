@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.round_overhead
 
-Three sites, ResNet50 with a head of 165 labels on both sides (23.8 M parameters, 95.5 MB), TLS and node keys, real
-processes. rin's sites take one optimizer step on eight images of 32 pixels, since a round without any is refused; the
-baseline's clients send back what they got. Each round but the first counts. Expect about ten minutes.
+Three sites, ResNet50 with a head of 165 labels (23.8 M parameters, 95.5 MB), TLS and node keys, real processes, and the
+same work at a site: one SGD step on eight images of 32 pixels, since a round of rin without any is refused. Each round
+but the first counts. Expect five minutes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The baseline of the overhead benchmark: stock Flower FedAvg with the same network, no training, TLS and node keys.
+"""The baseline of the overhead benchmark: stock Flower FedAvg with the same network, TLS and node keys.
 
-Everything is as the documentation of Flower 1.41 shows it: ResNet50's state_dict as an ArrayRecord, the FedAvg
-strategy, SuperLink with its in-memory state, one SuperNode a site. Evaluation is off; the server-side hook that Flower
-calls after each round only writes the time down.
+Everything is as the documentation of Flower 1.41 shows it for PyTorch: ResNet50's state_dict as an ArrayRecord, the
+FedAvg strategy, SuperLink with its in-memory state, one SuperNode a site, a ClientApp that loads the weights, takes one
+step (as rin's sites do) and answers with its state_dict. Evaluation is off; the server-side hook that Flower calls
+after each round only writes the time down.
 """
 
 from __future__ import annotations
@@ -62,8 +63,13 @@ def main(grid, context):
     from torchvision.models import resnet50
 
     sites = context.run_config["sites"]
+    before = [0.0]
 
     def mark(number, arrays):
+        # Every round changes the weights, unless the clients failed.
+        weights = arrays["conv1.weight"].numpy().sum()
+        assert number == 0 or weights != before[0], "the clients failed"
+        before[0] = weights
         with open(context.run_config["marks"], "a") as file:
             file.write(f"{number} {time.time()}\\n")
         return MetricRecord({"round": number})
@@ -84,16 +90,25 @@ def main(grid, context):
 """
 
 CLIENT = """
-from flwr.app import Message, MetricRecord, RecordDict
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torchvision.models import resnet50
 
 client = ClientApp()
 
 
 @client.train()
 def train(message, context):
-    content = RecordDict({"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})})
-    return Message(content=content, reply_to=message)
+    torch.set_num_threads(1)
+    network = resnet50(weights=None, num_classes=165)
+    network.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    loss = torch.nn.functional.cross_entropy(network(torch.rand(8, 3, 32, 32)), torch.arange(8))
+    loss.backward()
+    optimizer.step()
+    content = {"arrays": ArrayRecord(network.state_dict()), "metrics": MetricRecord({"num-examples": 8})}
+    return Message(content=RecordDict(content), reply_to=message)
 """
 
 

@@ -150,7 +150,7 @@ def test_both_halves_are_kept_apart_by_the_kernel(running: Callable[..., Agent],
         pytest.skip("this kernel gives no namespaces to this user")
     site = running()
     site.says("patient files hidden")
-    trainer, node = site.child("rin.client.airlock"), site.child("flower-supernode")
+    trainer, node = site.child("rin.client.airlock"), site.child("run_supernode")
     executor = site.child("flower-superexec")
     here = Path("/proc/self/ns/net").readlink()
     assert Path(f"/proc/{trainer}/ns/net").readlink() != here
@@ -170,7 +170,7 @@ def test_both_halves_are_kept_apart_by_the_kernel(running: Callable[..., Agent],
 
 def test_killed_hard_it_leaves_nothing_and_starts_again(running: Callable[..., Agent]) -> None:
     first = running()
-    first.child("flower-supernode")
+    first.child("run_supernode")
     first.child("rin.client.airlock")
     left = first.children()
     first.process.kill()
@@ -195,10 +195,10 @@ def test_the_coordinator_may_be_away_for_any_time(running: Callable[..., Agent],
     door.status = 502
     site = running("--only", "agent")
     site.says("the coordinator behind it does not (502); next: ")
-    assert "flower-supernode" not in "".join(map(command_of, site.children()))
+    assert "run_supernode" not in "".join(map(command_of, site.children()))
     door.status = 200
     site.says("the coordinator answers")
-    site.child("flower-supernode")
+    site.child("run_supernode")
 
 
 def test_a_coordinator_that_refuses_is_told_in_one_line(running: Callable[..., Agent], home: Home, door: Door) -> None:
@@ -212,7 +212,7 @@ def test_a_coordinator_that_refuses_is_told_in_one_line(running: Callable[..., A
 @pytest.mark.parametrize("half", ["agent", "trainer"])
 def test_a_second_agent_of_a_home_says_so_and_disturbs_nothing(running: Callable[..., Agent], half: str) -> None:
     first = running("--only", half)
-    first.child("flower-supernode" if half == "agent" else "rin.client.airlock")
+    first.child("run_supernode" if half == "agent" else "rin.client.airlock")
     below = first.children()
     second = running("--only", half)
     assert second.process.wait(30) == 1
@@ -224,7 +224,7 @@ def test_the_agent_half_neither_reads_nor_needs_the_vault(running: Callable[...,
     shutil.rmtree(home.root / "vault")
     site = running("--only", "agent")
     site.says("patient files hidden")
-    site.child("flower-supernode")
+    site.child("run_supernode")
 
 
 def test_site_toml_decides_on_proxy_and_address(home: Home, door: Door) -> None:

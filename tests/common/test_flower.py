@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -130,6 +131,22 @@ def guarded(app: Any = None) -> tuple[SimpleNamespace, list[dict[str, Any]]]:
     )
     flower.guard_clientapp(module, flower._Outcome())
     return module, pushed
+
+
+def test_the_supernode_still_sleeps_through_the_module_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    import flwr.supernode.start_client_internal as module
+
+    source = inspect.getsource(module)
+    assert "import time\n" in source
+    assert "time.sleep(3)" in source
+    slept: list[float] = []
+    monkeypatch.setattr(module, "time", module.time)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    flower.hurry_supernode(module)
+    module.time.sleep(3)
+    module.time.sleep(0.1)
+    assert slept == [flower.IDLE_S, 0.1]
+    assert module.time.monotonic() <= time.monotonic()
 
 
 def test_a_foreign_bundle_is_refused_and_an_empty_list_refuses_all(monkeypatch: pytest.MonkeyPatch) -> None:
