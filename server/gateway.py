@@ -32,7 +32,7 @@ from rin.server.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
-_BLOCK: Final = 128 << 10  # bytes handed to the disk at once: memory stays flat in the number of sites
+_BLOCK: Final = 64 << 10  # bytes handed to the disk at once: memory stays flat in the number of sites
 _THREADS: Final = 2  # that read, hash and write files
 _WEIGHTS: Final = re.compile(rb"/v1/weights/([0-9a-f]{64})")
 _UPDATES: Final = re.compile(rb"/v1/updates/([1-9][0-9]{0,5})/([A-Za-z0-9-]{1,32})")

@@ -325,5 +325,5 @@ class _Coordinator:
         argv = [sys.executable, "-m", "rin.server.gateway", "--run", str(self.run.root), "--host", self.host]
         argv += ["--port", str(self.port), "--upstream-port", str(self.upstream)]
         argv += ["--tap", str(self.tap)] if self.tap else []
-        env = child_env(self.run.state / "flower", [])
+        env = child_env(self.run.state / "flower", []) | {"MALLOC_ARENA_MAX": "1"}  # flat memory: docs/adr/0005
         return Child("gateway", tuple(argv), self.run.log / "gateway.log", env, grace=5.0)
