@@ -148,12 +148,13 @@ def _train(
         size=network.image_size,
         device=device,
     )
+    steps = tuning.steps_for(len(train))
     recipe = fit.Recipe(
-        steps=tuning.steps,
+        steps=steps,
         learning_rate=tuning.learning_rate,
         optimizer="adamw",
         weight_decay=tuning.weight_decay,
-        warmup_steps=tuning.steps // 10,
+        warmup_steps=steps // 10,
     )
     fit.fit(module, batches, loss, recipe, device=device)
 

@@ -126,7 +126,7 @@ def _score(
 
 
 def _task_facts(task: Task, data: Dataset) -> TaskFacts:
-    tuning = dataclasses.asdict(task.tuning)
+    tuning = dataclasses.asdict(task.tuning) | {"steps": task.tuning.steps_for(int((~data.test).sum()))}
     return TaskFacts(task.name, task.kind, task.description, data.classes, data.facts, tuning)
 
 

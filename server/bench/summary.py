@@ -118,16 +118,14 @@ def summary_table(summary: Summary) -> Table:
     table.add_column("task")
     for name in ("from checkpoint", "from random", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
     for score in summary.scores:
         found = score.comparison
-        name = f"{score.task}, {MEASURES[summary.task(score.task).kind]}"
+        measure = MEASURES[summary.task(score.task).kind]
         table.add_row(
-            Text(f"{name}\n{score.checkpoint}"),
+            Text(f"{score.task}\n{measure}, {score.checkpoint}"),
             Text(figure(found.checkpoint)),
             Text(figure(found.random)),
-            Text(figure(found.difference, signed=True)),
-            Text(score.verdict, style=VERDICTS[score.verdict]),
+            Text.assemble(figure(found.difference, signed=True), "\n", (score.verdict, VERDICTS[score.verdict])),
         )
     return table
 

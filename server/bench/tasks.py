@@ -19,15 +19,21 @@ class FineTuning:
     """How a task is fine-tuned: the same for every init, checkpoint and seed.
 
     Args:
-        steps: optimizer steps (AdamW, cosine to zero after a tenth of warm-up).
+        steps: optimizer steps (AdamW, cosine to zero after a tenth of warm-up), or more where `epochs` asks for more.
         batch_size: images a step, drawn without replacement epoch by epoch.
         learning_rate: peak.
+        epochs: least number of passes over the training images, for data sets of any size.
     """
 
     steps: int
     batch_size: int
     learning_rate: float
     weight_decay: float = 0.05
+    epochs: int = 1
+
+    def steps_for(self, images: int) -> int:
+        """Optimizer steps on `images` training images."""
+        return max(self.steps, self.epochs * images // self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +59,8 @@ TASKS: Final[dict[str, Task]] = {
         "phantom-lesion",
         "dice",
         "Outline of a spiculated lesion beside a smooth distractor",
-        partial(phantom_dataset, "phantom-lesion", train=48, test=200),
-        FineTuning(steps=64, batch_size=16, learning_rate=1e-3),
+        partial(phantom_dataset, "phantom-lesion", train=64, test=200),
+        FineTuning(steps=96, batch_size=16, learning_rate=1e-3),
     ),
 }
 
@@ -74,7 +80,7 @@ def image_folder_task(path: Path, name: str = "", *, kind: Kind = "auc") -> Task
         kind,
         f"{what} from the folder brought for this run",
         partial(image_folder_dataset, path, with_masks=kind == "dice"),
-        FineTuning(steps=120, batch_size=32, learning_rate=1e-3),
+        FineTuning(steps=100, batch_size=32, learning_rate=1e-3, epochs=10),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rin.common.errors import ConfigError
-from rin.server.bench.tasks import TASKS, image_folder_task, named_tasks
+from rin.server.bench.tasks import TASKS, FineTuning, image_folder_task, named_tasks
 
 
 def test_rows_carry_their_own_name_and_a_known_kind() -> None:
@@ -26,6 +26,12 @@ def test_the_auc_task_has_few_training_and_a_thousand_test_images() -> None:
 def test_names_that_would_be_paths_or_markup_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be a task's name"):
         image_folder_task(Path(), name)
+
+
+def test_a_large_data_set_gets_its_epochs_and_a_small_one_its_steps() -> None:
+    tuning = FineTuning(steps=100, batch_size=32, learning_rate=1e-3, epochs=10)
+    assert tuning.steps_for(160) == 100
+    assert tuning.steps_for(32_000) == 10_000
 
 
 def test_a_folders_name_is_its_tasks_name(tmp_path: Path) -> None:
