@@ -134,7 +134,7 @@ def guarded(app: Any = None) -> tuple[SimpleNamespace, list[dict[str, Any]]]:
 
 
 def test_the_supernode_still_sleeps_through_the_module_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    import flwr.supernode.start_client_internal as module
+    module: Any = importlib.import_module("flwr.supernode.start_client_internal")
 
     source = inspect.getsource(module)
     assert "import time\n" in source
