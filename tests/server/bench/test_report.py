@@ -30,8 +30,22 @@ def comparison(value: float, random: float) -> Comparison:
 
 def summary(**changes: Any) -> Summary:
     tasks = (
-        TaskFacts("nodule", "auc", "benign or malignant?", ("benign", "malignant"), {"train": 48}, {"steps": 60}),
-        TaskFacts("lesion", "dice", "outline of the lesion", ("lesion",), {"dropped": {"duplicate": 3}}, {"steps": 60}),
+        TaskFacts(
+            "nodule",
+            "auc",
+            "benign or malignant?",
+            ("benign", "malignant"),
+            {"source": "image folder", "training_images": 48},
+            {"steps": 60},
+        ),
+        TaskFacts(
+            "lesion",
+            "dice",
+            "outline of the lesion",
+            ("lesion",),
+            {"source": "phantom", "dropped": {"duplicate": 3}},
+            {"steps": 60},
+        ),
     )
     scores = (
         TaskScore("nodule", "round-0005", comparison(0.93, 0.81), 40.0),
@@ -141,6 +155,7 @@ def test_the_page_shows_every_headline_number_and_account() -> None:
     assert "No mechanism." in text
     assert "Privacy mode of the run: none." in text
     assert "cd" * 32 in text
+    assert text.count("Look for names burned into the images") == 1
 
 
 def test_every_text_is_escaped_wherever_it_comes_from() -> None:
@@ -150,7 +165,8 @@ def test_every_text_is_escaped_wherever_it_comes_from() -> None:
         date=EVIL,
         checkpoints=(Checkpoint(EVIL, EVIL, {EVIL: EVIL, "privacy": EVIL, "list": [EVIL], "table": {EVIL: EVIL}}),),
         tasks=tuple(
-            dataclasses.replace(t, description=EVIL, classes=(EVIL,), dataset={EVIL: EVIL}) for t in base.tasks
+            dataclasses.replace(t, description=EVIL, classes=(EVIL,), dataset={EVIL: EVIL, "source": EVIL})
+            for t in base.tasks
         ),
         scores=tuple(dataclasses.replace(s, checkpoint=EVIL) for s in base.scores),
         run={**base.run, "name": EVIL, "strategy": EVIL},
