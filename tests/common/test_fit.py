@@ -169,14 +169,27 @@ def test_order_visits_everything_once_an_epoch() -> None:
 
 def test_augment_moves_a_mask_with_its_image() -> None:
     image = torch.zeros(16, 1, 64, 64)
-    image[:, :, 10:30, 5:20] = 1.0
-    moved = augment(torch.cat([image, image], dim=1), seeded("a"))
+    image[:, :, 10:30, 5:20] = torch.rand(20, 15, generator=seeded("pixels")) * 0.5 + 0.25
+    moved = augment(torch.cat([image, (image > 0).float()], dim=1), seeded("a"))
     assert moved.shape == (16, 2, 64, 64)
-    bright, mask = moved[:, 0] > 0.6, moved[:, 1] > 0.5
-    assert (bright == mask).float().mean() > 0.98
-    left = mask.float()[:, :, :32].sum((1, 2)) > mask.float()[:, :, 32:].sum((1, 2))
+    bright, mask = moved[:, 0], moved[:, 1]
+    assert torch.equal(bright > 0, mask == 1)  # nothing is smoothed, black stays black
+    assert (mask.sum((1, 2)) == 300).all()
+    gains = bright.sum((1, 2)) / image[0].sum()
+    assert 0.84 < gains.min() < 0.95 < 1.05 < gains.max() < 1.16
+    left = mask[:, :, :32].sum((1, 2)) > mask[:, :, 32:].sum((1, 2))
     assert 2 < left.sum() < 14  # flipped about half the time
     assert len({tuple(m.nonzero()[0].tolist()) for m in mask}) > 8  # and shifted
+    values = (bright[0][mask[0] == 1] / gains[0]).sort().values
+    torch.testing.assert_close(values, image[0][image[0] > 0].sort().values)
+
+
+def test_augment_shifts_by_up_to_a_sixteenth_both_ways() -> None:
+    dot = torch.zeros(400, 1, 32, 32)
+    dot[:, :, 12, 15] = 0.5
+    rows, columns = augment(dot, seeded("b"))[:, 0].nonzero()[:, 1:].T
+    assert set(rows.tolist()) == {10, 11, 12, 13, 14}
+    assert set(columns.tolist()) == {13, 14, 15, 16, 17, 18}  # 15, or 16 when flipped
 
 
 def test_sampled_gives_masks_as_soft_targets() -> None:
