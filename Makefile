@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: dev demo test test-slow bench check format wheel proto clean
+.PHONY: dev demo test test-slow bench check format wheel clean
 
 dev: $(VENV)/installed
 

@@ -49,15 +49,10 @@ def _trainings(
 
 def _figures(result: dict[str, Any]) -> dict[str, float]:
     task = result["federated"]["task"].comparison
-    return {
-        "federated": round(result["federated"]["auc"], 4),
-        "pooled": round(result["pooled"]["auc"], 4),
-        "pooled, half the images": round(result["half"]["auc"], 4),
-        "probe of federated": round(result["federated"]["probe"], 4),
-        **{f"probe of {site}": round(result[site]["probe"], 4) for site in sorted(SITES)},
-        "task from federated": round(task.checkpoint.value, 4),
-        "task from random": round(task.random.value, 4),
-    }
+    probes = {f"probe of {name}": round(each["probe"], 4) for name, each in result.items()}
+    heads = {f"head of {name}": round(result[name]["auc"], 4) for name in ("federated", "pooled", "half")}
+    tasks = {"task from federated": round(task.checkpoint.value, 4), "task from random": round(task.random.value, 4)}
+    return {**probes, **heads, **tasks}
 
 
 def test_federated_weights_beat_random_ones_on_the_auc_task(found: dict[int, dict[str, Any]]) -> None:
@@ -72,13 +67,13 @@ def test_federated_backbone_beats_every_single_site(found: dict[int, dict[str, A
         assert found[seed]["federated"]["probe"] > best, (seed, found[seed])
 
 
-def test_federated_training_is_near_pooled_training(found: dict[int, dict[str, Any]]) -> None:
+def test_federated_backbone_is_near_the_pooled_one(found: dict[int, dict[str, Any]]) -> None:
     for seed in SEEDS:
-        assert found[seed]["federated"]["auc"] >= found[seed]["pooled"]["auc"] - 0.05, (seed, found[seed])
+        assert found[seed]["federated"]["probe"] >= found[seed]["pooled"]["probe"] - 0.05, (seed, found[seed])
 
 
 def test_pooled_training_has_saturated(found: dict[int, dict[str, Any]]) -> None:
     """Twice the images bring little more: what the federation lacks is not what longer training would bring."""
-    gains = [found[seed]["pooled"]["auc"] - found[seed]["half"]["auc"] for seed in SEEDS]
-    assert np.mean([found[seed]["pooled"]["auc"] for seed in SEEDS]) >= 0.85
+    gains = [found[seed]["pooled"]["probe"] - found[seed]["half"]["probe"] for seed in SEEDS]
     assert np.mean(gains) <= 0.02, gains
+    assert min(found[seed]["pooled"]["auc"] for seed in SEEDS) >= 0.85, "the task is not learnt at all"
