@@ -307,7 +307,8 @@ def infer(
     for start in range(0, len(images), batch_size):
         if cancelled():
             raise RefusedError("cancelled")
-        batch = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size])).to(device)
+        # Mapped images are read-only, which torch does not support: those are copied.
+        batch = torch.from_numpy(np.require(images[start : start + batch_size], requirements="CW")).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device)):
             parts.append(function(batch).float().cpu().numpy())
     return np.concatenate(parts)
