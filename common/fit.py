@@ -308,7 +308,7 @@ def infer(
         if cancelled():
             raise RefusedError("cancelled")
         # Mapped images are read-only, which torch does not support: those are copied.
-        batch = torch.from_numpy(np.require(images[start : start + batch_size], requirements="CW")).to(device)
+        batch = torch.from_numpy(np.require(images[start : start + batch_size], requirements=["C", "W"])).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device)):
             parts.append(function(batch).float().cpu().numpy())
     return np.concatenate(parts)
