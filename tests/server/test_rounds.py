@@ -112,7 +112,7 @@ def test_the_next_weights_are_the_weighted_mean(tmp_path: Path) -> None:
     assert (after["backbone.bn1.running_var"] > 0).all()
 
 
-def test_one_site_alone_is_plain_training_bit_for_bit(tmp_path: Path) -> None:
+def test_one_site_alone_is_plain_training(tmp_path: Path) -> None:
     """A federation of one adds (local - global) to global; that is local, up to one rounding of float32."""
     from rin.common.fit import fit_round
 
