@@ -25,7 +25,7 @@ from rin.common.files import read_json
 from rin.common.keys import decode
 from rin.common.log import chain_of, frames_of
 from rin.common.transfer import HttpCarrier
-from rin.common.wire import RECORD, Reply, Request, read_train_record
+from rin.common.wire import RECORD, Reply, Request, read_train_record, reply_record
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _message(reply: Reply, to: Message) -> Message:
-    return Message(content=RecordDict({RECORD: ConfigRecord({"reply": reply.to_bytes()})}), reply_to=to)
+    return Message(content=RecordDict({RECORD: ConfigRecord(reply_record(reply))}), reply_to=to)
 
 
 def answer(record: Mapping[str, Any], home: Home) -> Reply:
