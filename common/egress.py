@@ -84,7 +84,8 @@ def pass_metrics(metrics: Mapping[MetricName, float], allowed: Set[MetricName]) 
     if not metrics.get("images", 0) >= SMALLEST_COUNT:
         return {}
     large = {name: value for name, value in metrics.items() if name not in COUNTS or value >= SMALLEST_COUNT}
-    return {name: _rounded(large[name]) for name in sorted(allowed & large.keys()) if math.isfinite(large[name])}
+    rounded = {name: _rounded(large[name]) for name in sorted(allowed & large.keys())}
+    return {name: value for name, value in rounded.items() if math.isfinite(value)}  # rounding can overflow
 
 
 def _rounded(value: float) -> float:
