@@ -59,6 +59,10 @@ class Jobs:
     def update(self, request: Request) -> Path:
         return self.folder(request) / "update.safetensors"
 
+    def snapshot(self, request: Request) -> Path:
+        """Where training is kept on the way, see `rin.common.snapshots`."""
+        return self.folder(request) / "snapshot.safetensors"
+
     def admit(self, request: Request, *, max_rounds: int) -> None:
         """Note that `request` is going to be trained; durable before training begins (threat T9).
 
@@ -93,9 +97,10 @@ class Jobs:
             return None
 
     def store(self, request: Request, facts: Stored) -> None:
-        """Remember the finished update; its file and the base's copy are in place, the latter goes."""
+        """Remember the finished update; its file is in place; what only training needed goes."""
         write_json(self.folder(request) / "update.json", facts.model_dump(mode="json"), mode=0o600)
         self.base(request).unlink(missing_ok=True)
+        self.snapshot(request).unlink(missing_ok=True)
 
     def prune(self, request: Request) -> None:
         """Delete what belongs neither to `request`'s round nor to the round before it, in vault and outbox."""

@@ -196,6 +196,7 @@ class Trainer:
         cancelled: Callable[[], str],
     ) -> FitResult:
         from rin.common import fit
+        from rin.common.snapshots import Snapshots
 
         device, watch = fit.pick_device(site.device.name), _Watch(self, request.round, plan.training.batch_size)
         _limit_memory(device.type, site.device.memory_gib)
@@ -217,6 +218,7 @@ class Trainer:
                 threads=site.device.threads,
                 progress=report,
                 cancelled=lambda: bool(cancelled()),
+                snapshots=Snapshots(self.jobs.snapshot(request), request.id),
             )
         except RefusedError as error:
             if error.code == "cancelled":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Literal
 
 import numpy as np
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from rin.common.backbones import Network
-from rin.common.batches import Data, sampled, seeded
+from rin.common.batches import Data, sampled, seed_of
 from rin.common.errors import RefusedError
 from rin.common.heads import LOSSES, Loss
 from rin.common.metrics import top_counts
-from rin.common.plan import MetricName, Plan
+from rin.common.plan import MetricName, Plan, Training
+from rin.common.snapshots import Held, Snapshots
 from rin.common.weights import all_finite
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # the batches from a step on
 
 CHECK_EVERY: Final = 50  # steps between two looks at whether the loss is finite: a look waits for a GPU
 EVAL_BATCH: Final = 256
@@ -123,18 +125,24 @@ def fit(
     recipe: Recipe,
     *,
     device: torch.device,
+    key: tuple[str | int, ...],
     adjust: Callable[[], None] | None = None,
     progress: Callable[[int, int], None] = silent,
     cancelled: Callable[[], bool] = never,
+    carried: Mapping[str, Tensor] | None = None,
+    snapshots: Snapshots | None = None,
 ) -> float:
     """Take `recipe.steps` optimizer steps on `module`, which stays in its mode and on its device.
 
     Args:
-        batches: inputs and targets on `device`, at least `recipe.steps` of them.
+        batches: inputs and targets on `device` from a step on, as a function of the step alone.
         loss: from outputs and targets to a scalar.
+        key: what random layers draw from, together with the step.
         adjust: called between backward and step, to change gradients.
         progress: called after each step with steps done and all steps.
         cancelled: asked before each step.
+        carried: tensors that `loss` changes in place; they are part of a snapshot.
+        snapshots: where the stretch is kept on the way; one that was interrupted goes on, to the same bits.
 
     Returns:
         Mean loss of the steps.
@@ -145,24 +153,30 @@ def fit(
     optimizer = optimizer_of(module, recipe)
     autocast = half_precision(device)
     total = torch.zeros((), device=device)
-    stream = iter(batches)
-    for step in range(recipe.steps):
-        if cancelled():
-            raise RefusedError("cancelled")
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        inputs, targets = next(stream)
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            value = loss(module(inputs), targets)
-        value.backward()
-        if adjust is not None:
-            adjust()
-        optimizer.step()
-        total += value.detach()
-        if (step + 1) % CHECK_EVERY == 0 and not math.isfinite(total.item()):
-            raise RefusedError("not-finite")
-        progress(step + 1, recipe.steps)
+    held = Held(module, optimizer, {"loss": total, **(carried or {})})
+    first = 0 if snapshots is None else snapshots.resume(held)
+    stream = iter(batches(first))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for step in range(first, recipe.steps):
+            if cancelled():
+                raise RefusedError("cancelled")
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(step)
+            inputs, targets = next(stream)
+            torch.manual_seed(seed_of(*key, "layers", step))
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                value = loss(module(inputs), targets)
+            value.backward()
+            if adjust is not None:
+                adjust()
+            optimizer.step()
+            total += value.detach()
+            if (step + 1) % CHECK_EVERY == 0 and not math.isfinite(total.item()):
+                raise RefusedError("not-finite")
+            if snapshots is not None:
+                snapshots.after(step + 1, held)
+            progress(step + 1, recipe.steps)
     if not (math.isfinite(total.item()) and all_finite(module)):
         raise RefusedError("not-finite")
     return total.item() / max(1, recipe.steps)
@@ -197,6 +211,7 @@ def fit_round(
     threads: int,
     progress: Callable[[int, int], None] = silent,
     cancelled: Callable[[], bool] = never,
+    snapshots: Snapshots | None = None,
 ) -> FitResult:
     """One site's work in one round: `plan.training.local_steps` on `module`, in place.
 
@@ -215,16 +230,17 @@ def fit_round(
     settle(device, threads)
     module.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     kept = {p: p.detach().clone() for p in module.head.parameters()}
-    generator = seeded(plan.training.seed, site, round)
-    batches = sampled(
+    key = (plan.training.seed, site, round)
+    batches = partial(
+        sampled,
         data.batch,
         len(data),
         batch_size=plan.training.batch_size,
-        generator=generator,
+        key=key,
         size=module.image_size,
         device=device,
     )
-    tally = _Tally(LOSSES[plan.model.target](rows, exhaustive_rows), rows)
+    tally = Tally(LOSSES[plan.model.target](rows, exhaustive_rows), rows, device)
     adjust = _proximal(module, plan.strategy.mu) if plan.strategy.name == "fedprox" else None
     with _memory():
         mean = fit(
@@ -233,40 +249,40 @@ def fit_round(
             tally,
             recipe_of(plan, round),
             device=device,
+            key=key,
             adjust=adjust,
             progress=progress,
             cancelled=cancelled,
+            carried={"hits": tally.hits},
+            snapshots=snapshots,
         )
     undeclared = torch.ones(len(module.head.bias), dtype=torch.bool, device=device)
     undeclared[list(rows)] = False
     with torch.no_grad():
         for parameter, before in kept.items():
             parameter[undeclared] = before[undeclared]  # weight decay moved them
-    return FitResult(plan.training.local_steps, {"loss": mean, **tally.counts()})
+    return FitResult(plan.training.local_steps, {"loss": mean, **tally.counts(plan.training)})
 
 
-class _Tally:
+class Tally:
     """A loss that also counts hits; the counts stay on the device until they are asked for."""
 
-    def __init__(self, loss: Loss, rows: Sequence[int]) -> None:
+    def __init__(self, loss: Loss, rows: Sequence[int], device: torch.device) -> None:
         self.loss = loss
-        self.rows = torch.tensor(rows, dtype=torch.long)
-        self.hits: Tensor | None = None
-        self.images = 0
+        self.rows = torch.tensor(rows, dtype=torch.long, device=device)
+        self.hits = torch.zeros(2, dtype=torch.long, device=device)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            index = self.rows.to(logits.device)
-            best = logits.index_select(1, index).topk(min(5, len(index)), dim=1).indices
-            found = labels.index_select(1, index).gather(1, best)
-            hits = torch.stack([found[:, 0].sum(), found.any(1).sum()])
-        self.hits = hits if self.hits is None else self.hits + hits
-        self.images += len(labels)
+            best = logits.index_select(1, self.rows).topk(min(5, len(self.rows)), dim=1).indices
+            found = labels.index_select(1, self.rows).gather(1, best)
+            self.hits += torch.stack([found[:, 0].sum(), found.any(1).sum()])
         return self.loss(logits, labels)
 
-    def counts(self) -> dict[MetricName, float]:
-        top1, top5 = (0, 0) if self.hits is None else self.hits.tolist()
-        return {"top1": float(top1), "top5": float(top5), "images": float(self.images)}
+    def counts(self, training: Training) -> dict[MetricName, float]:
+        top1, top5 = self.hits.tolist()
+        images = training.local_steps * training.batch_size
+        return {"top1": float(top1), "top5": float(top5), "images": float(images)}
 
 
 def _proximal(module: nn.Module, mu: float) -> Callable[[], None]:

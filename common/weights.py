@@ -8,7 +8,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rin.common.errors import RefusedError
@@ -133,6 +134,35 @@ def read_facts(path: Path) -> dict[str, Any]:
         return json.loads(text)
     except ValueError:
         raise RefusedError("bad-weights", f"{path.name}: its facts are no JSON") from None
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors of any kind and what they are, for this program to go on from; atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(fd)
+    part = Path(name)
+    try:
+        whole = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+        save_file(whole, part, metadata={FACTS: canonical_json(facts).decode()})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and tensors of `write_state`.
+
+    Raises:
+        RefusedError: bad-weights, if the file is missing or damaged.
+    """
+    facts = read_facts(path)
+    with _opened(path) as file:
+        return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
 
 
 @contextlib.contextmanager

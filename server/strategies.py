@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -11,15 +9,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from rin.common.errors import StateError
-from rin.common.files import fsync_dir
+from rin.common.errors import RefusedError, StateError
 from rin.common.layout import Layout
 from rin.common.plan import Strategy
+from rin.common.weights import read_state, write_state
 from rin.server.aggregate import HEAD, Block
 
 # Each row makes the optimizer whose gradient is minus the mean update. With SGD at rate 1 that is FedAvg (McMahan et
@@ -105,19 +101,7 @@ def save_state(optimizer: Optimizer, names: list[str], path: Path) -> None:
         for key, value in values.items()
         if isinstance(value, torch.Tensor)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(fd)
-    part = Path(name)
-    try:
-        save_file(tensors, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    fsync_dir(path.parent)
+    write_state(path, tensors, {})
 
 
 def load_state(optimizer: Optimizer, names: list[str], path: Path) -> None:
@@ -128,11 +112,10 @@ def load_state(optimizer: Optimizer, names: list[str], path: Path) -> None:
     """
     state: dict[int, dict[str, Any]] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # not a dict
-                name, _, field = key.rpartition("/")
-                state.setdefault(names.index(name), {})[field] = file.get_tensor(key)
-    except (SafetensorError, FileNotFoundError, ValueError):
+        for key, value in read_state(path)[1].items():
+            name, _, field = key.rpartition("/")
+            state.setdefault(names.index(name), {})[field] = value
+    except (RefusedError, ValueError):
         raise StateError(
             f"{path.name} is missing or damaged", step="restore the run directory from a backup, or start a new run"
         ) from None

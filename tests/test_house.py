@@ -14,7 +14,7 @@ import rin.common.labels
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"common": {"common"}, "client": {"client", "common"}, "server": {"server", "common"}}
-TENSOR = {"backbones", "batches", "heads", "fit", "weights", "metrics"}
+TENSOR = {"backbones", "batches", "heads", "fit", "weights", "metrics", "snapshots"}
 HEAVY = {"torch", "torchvision", "flwr", "opacus"}
 # One adapter per dependency: who may import it anywhere in the file.
 ADAPTERS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from rin.common import fit, metrics, weights
 from rin.common.backbones import Network, build, initial
-from rin.common.batches import sampled, seeded
+from rin.common.batches import sampled
 from rin.common.errors import ConfigError
 from rin.common.plan import Model
 from rin.server.bench.datasets import SIDE, Dataset
@@ -140,11 +141,13 @@ def _train(
     train = np.flatnonzero(~data.test)
     tuning = task.tuning
     module.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    batches = sampled(
+    key = ("bench", task.name, seed)
+    batches = partial(
+        sampled,
         lambda index: (data.images[train[index]], targets[train[index]]),
         len(train),
         batch_size=min(tuning.batch_size, len(train)),
-        generator=seeded("bench", task.name, seed),
+        key=key,
         size=network.image_size,
         device=device,
     )
@@ -156,7 +159,7 @@ def _train(
         weight_decay=tuning.weight_decay,
         warmup_steps=steps // 10,
     )
-    fit.fit(module, batches, loss, recipe, device=device)
+    fit.fit(module, batches, loss, recipe, device=device, key=key)
 
 
 def _outlines(module: nn.Module, data: Dataset, device: torch.device) -> Prediction:

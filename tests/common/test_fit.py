@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rin.common.backbones import Network, initial
-from rin.common.batches import augment, order, sampled, seeded
+from rin.common.batches import Order, augment, sampled, seeded
 from rin.common.errors import RefusedError
 from rin.common.fit import Recipe, evaluate, fit, fit_round, infer, pick_device, recipe_of, settle
 from rin.common.labels import label_set_digest
@@ -153,18 +153,21 @@ def test_fit_decays_weights_but_not_biases(optimizer: str) -> None:
     settle(CPU, 1)
     net = nn.Linear(2, 2)
     before = [p.detach().clone() for p in net.parameters()]
-    zeros = iter([(torch.zeros(1, 2), torch.zeros(1))])
+    zeros = [(torch.zeros(1, 2), torch.zeros(1))]
     recipe = Recipe(steps=1, learning_rate=0.1, weight_decay=0.5, schedule="constant")
-    fit(net, zeros, lambda out, _: out.sum() * 0.0, dataclasses.replace(recipe, optimizer=optimizer), device=CPU)
+    chosen = dataclasses.replace(recipe, optimizer=optimizer)
+    fit(net, lambda first: zeros, lambda out, _: out.sum() * 0.0, chosen, device=CPU, key=("a test",))
     torch.testing.assert_close(net.weight.detach(), before[0] * 0.95)
     assert torch.equal(net.bias, before[1])
 
 
 def test_order_visits_everything_once_an_epoch() -> None:
-    stream = order(10, 4, seeded("x"))
-    seen = np.concatenate([next(stream) for _ in range(5)])
+    order = Order(10, 4, ("x",))
+    seen = np.concatenate([order(step) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert not np.array_equal(seen[:10], seen[10:])
+    assert np.array_equal(Order(10, 4, ("x",))(3), seen[12:16])  # a batch does not need the ones before it
+    assert np.array_equal(Order(3, 8, ("x",))(0)[:6], np.concatenate([Order(3, 3, ("x",))(i) for i in range(2)]))
 
 
 def test_augment_moves_a_mask_with_its_image() -> None:
@@ -197,7 +200,7 @@ def test_sampled_gives_masks_as_soft_targets() -> None:
     masks = np.zeros((6, 64, 64), np.uint8)
     masks[:, 16:48, 16:48] = 1
     images, targets = next(
-        iter(sampled(lambda i: (pixels[i], masks[i]), 6, batch_size=4, generator=seeded(0), size=32, device=CPU))
+        iter(sampled(lambda i: (pixels[i], masks[i]), 6, batch_size=4, key=(0,), size=32, device=CPU))
     )
     assert images.shape == (4, 1, 32, 32)
     assert targets.shape == (4, 32, 32)

@@ -46,7 +46,7 @@ def test_it_learns_to_outline_a_square() -> None:
     images = (0.3 + 0.5 * masks[:, None] + 0.05 * torch.rand(8, 1, 32, 32, generator=generator)).clamp(0, 1)
     unet = UNet(initial(MODEL, 0, 1)).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     recipe = fit.Recipe(steps=25, learning_rate=2e-3, optimizer="adamw")
-    fit.fit(unet, [(images, masks)] * 25, mask_loss, recipe, device=torch.device("cpu"))
+    fit.fit(unet, lambda first: [(images, masks)] * 25, mask_loss, recipe, device=torch.device("cpu"), key=(0,))
     with torch.inference_mode():
         found = unet(images) > 0
     both = (found & (masks > 0)).sum()
