@@ -19,7 +19,8 @@ SITE_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,32}")
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,32}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0)]
-MetricName = Literal["loss", "top1", "top5", "images"]
+MetricName = Literal["loss", "top1", "top5", "images"]  # of a round's training batches
+ScoreName = Literal["validation", "confusion", "auc"]  # of the held-out images, see rin.common.scores
 
 
 class Model(Table):
@@ -98,7 +99,7 @@ class Plan(Table):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9 ._-]{1,64}$")]
     label_set: Digest
     sites: dict[SiteName, Positive]  # site name to its public weight
-    metrics: tuple[MetricName, ...] = ("loss", "top1", "top5", "images")
+    metrics: tuple[MetricName | ScoreName, ...] = ("loss", "top1", "top5", "images")
     model: Model = Model()
     training: Training
     strategy: Strategy = Strategy()
@@ -119,6 +120,8 @@ class Plan(Table):
             raise ValueError(f"limits.quorum: {self.limits.quorum} of {len(self.sites)} sites can never be reached")
         if self.limits.min_sites > self.limits.quorum:
             raise ValueError("limits.quorum: must be at least limits.min-sites")
+        if {"confusion", "auc"} & set(self.metrics) and "validation" not in self.metrics:
+            raise ValueError("metrics: confusion and auc come with validation only")
         return self
 
 
