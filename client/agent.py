@@ -126,7 +126,7 @@ class _Site:
         self._said: dict[str, str] = {}
         self._probe: _Probe | None = None
         self._next_probe, self._failures, self._fab = 0.0, 0, ""
-        self._renew_port = False
+        self._renew_port = self._renew_executor = False
         self._started, self._connected, self._log_from = False, False, 0
         self._facts: dict[str, Any] = {"pid": os.getpid(), "connected": False, "coordinator": "", "last_contact": None}
         self._events = Events(home.net / "log" / "events.jsonl") if "agent" in halves else None
@@ -215,9 +215,12 @@ class _Site:
         if "agent" not in self.halves:
             return
         if self._renew_port:
-            self._renew_port = False
+            self._renew_port = self._renew_executor = False
             self.supervisor.stop("supernode", "superexec")
             self._start_flower()
+        if self._renew_executor:
+            self._renew_executor = False
+            self.supervisor.restart("superexec")
         if self._probe is not None and not self._probe.thread.is_alive():
             self._found(self._probe)
             self._probe = None
@@ -260,6 +263,9 @@ class _Site:
         """A child started or ended."""
         if self._events is not None:
             self._events.add("process", name=report.name, state=report.state, line=report.line)
+        if report.state == "started" and report.name == "supernode":
+            # What runs beside it holds a connection and tasks of the one before, which the new one does not know.
+            self._renew_executor = "superexec" in self.supervisor
         if report.state != "ended" or self.stopping:
             return
         if report.name == "supernode":

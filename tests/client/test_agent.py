@@ -191,6 +191,17 @@ def test_what_dies_is_started_again(running: Callable[..., Agent], home: Home) -
     assert not (home.net / "pids").exists()  # that half is another user's
 
 
+def test_what_runs_beside_a_supernode_is_started_again_with_it(running: Callable[..., Agent]) -> None:
+    site = running("--only", "agent")
+    node, executor = site.child("run_supernode"), site.child("flower-superexec")
+    os.kill(node, signal.SIGKILL)
+    site.says("supernode ended")
+    site.until(lambda: executor not in site.children())
+    assert site.child("flower-superexec") != executor
+    assert site.child("run_supernode") != node
+    assert "superexec ended" not in site.lines()  # it was ended on purpose, so nobody is alarmed
+
+
 def test_the_coordinator_may_be_away_for_any_time(running: Callable[..., Agent], door: Door) -> None:
     door.status = 502
     site = running("--only", "agent")
