@@ -19,6 +19,7 @@ CODES: Final[dict[str, str]] = {
     "base-conflict": "this round was already trained from other weights",
     "cancelled": "the coordinator or the operator cancelled the round",
     "deadline": "the round's deadline passed before training ended",
+    "device": "the site's device was lost, or cannot train the plan the way it is set up",
     "disk-full": "no space is left on the device",
     "egress-refused": "the egress gate refused the update",
     "internal": "an unexpected fault; the trace is in the log of the place where it happened",
