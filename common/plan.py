@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rin.common.errors import ConfigError
 from rin.common.labels import label_set_digest
@@ -23,14 +23,50 @@ MetricName = Literal["loss", "top1", "top5", "images"]  # of a round's training 
 ScoreName = Literal["validation", "confusion", "auc"]  # of the held-out images, see rin.common.scores
 
 
+class Sides(NamedTuple):
+    """Pixels a side: the network's `own`, of its paper, and the `smallest` that leaves its last feature map a pixel."""
+
+    own: int
+    smallest: int
+
+
+# Here and not in rin.common.backbones.BACKBONES, which has the same keys: a plan is read without torch.
+IMAGE_SIZES: Final[dict[str, Sides]] = {
+    "resnet18": Sides(224, 32),
+    "resnet50": Sides(224, 32),
+    "inception_v3": Sides(299, 75),  # its convolutions do not pad
+    "densenet121": Sides(224, 32),
+    "inception_resnet_v2": Sides(299, 75),
+    "swin_t": Sides(224, 32),
+}
+
+
 class Model(Table):
     """The network that every site trains."""
 
-    backbone: Literal["resnet18", "resnet50"] = "resnet50"
-    norm: Literal["batch"] = "batch"
-    image_size: Annotated[int, Field(ge=32, le=512)] = 224  # pixels a side that the network sees
+    backbone: Literal["resnet18", "resnet50", "inception_v3", "densenet121", "inception_resnet_v2", "swin_t"] = (
+        "resnet50"
+    )
+    norm: Literal["batch", "group"] = "batch"  # swin_t has layer norm only, whatever is said here
+    image_size: Annotated[int, Field(ge=32, le=512)] = 224  # pixels a side that it sees; left out: the backbone's own
     normalisation: Literal["symmetric", "imagenet"] = "symmetric"  # see rin.common.backbones.NORMALISATIONS
     target: Literal["single", "multi"] = "single"  # softmax over declared labels, or one sigmoid a label
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_size(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "image-size" in values:
+            return values
+        sides = IMAGE_SIZES.get(str(values.get("backbone", "resnet50")))
+        return values if sides is None else {**values, "image-size": sides.own}
+
+    @field_validator("image_size")
+    @classmethod
+    def _large_enough(cls, size: int, info: ValidationInfo) -> int:
+        backbone = info.data.get("backbone")  # absent where it is at fault itself
+        if backbone is not None and size < IMAGE_SIZES[backbone].smallest:
+            raise ValueError(f"at least {IMAGE_SIZES[backbone].smallest} pixels for {backbone}")
+        return size
 
 
 class Training(Table):
@@ -46,6 +82,7 @@ class Training(Table):
     schedule: Literal["constant", "cosine"] = "cosine"  # over all rounds, not within one
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # of the whole federated run
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    freeze: Literal["none", "head", "top10"] = "none"  # what stays as it came; see rin.common.freeze
 
 
 class Strategy(Table):

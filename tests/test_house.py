@@ -14,13 +14,14 @@ import rin.common.labels
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"common": {"common"}, "client": {"client", "common"}, "server": {"server", "common"}}
-TENSOR = {"backbones", "batches", "heads", "fit", "weights", "metrics", "snapshots"}
-HEAVY = {"torch", "torchvision", "flwr", "opacus"}
+TENSOR = {"backbones", "batches", "heads", "fit", "evaluate", "weights", "metrics", "snapshots", "freeze", "norms"}
+HEAVY = {"torch", "torchvision", "timm", "flwr", "opacus"}
 # One adapter per dependency: who may import it anywhere in the file.
 ADAPTERS = {
     "flwr": {"common/flower.py", "server/app.py", "client/app.py"},
     "grpc": {"client/airlock.py", "client/trainer_pb2_grpc.py"},
     "opacus": set[str](),
+    "timm": {"common/backbones.py"},
 }
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 

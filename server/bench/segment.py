@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from rin.common.backbones import Network
 
-WIDTHS: Final = (128, 64, 48, 32)  # channels of the decoder, coarsest first
+WIDTHS: Final = (128, 64, 48, 32)  # channels of the decoder, coarsest first; a backbone of four maps uses three
 
 
 class _Up(nn.Module):
-    """Doubles the side of the coarse map, joins the finer one, convolves once."""
+    """Brings the coarse map to the size of the finer one, whatever the two are, joins them, convolves once."""
 
     def __init__(self, coarse: int, fine: int, out: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class UNet(nn.Module):
         self.network.head = nn.Identity()  # type: ignore[assignment]  # a segmentation has no class head
         channels = network.channels[::-1]
         coarse, ups = channels[0], []
-        for fine, out in zip(channels[1:], WIDTHS, strict=True):
+        for fine, out in zip(channels[1:], WIDTHS, strict=False):
             ups.append(_Up(coarse, fine, out))
             coarse = out
         self.ups = nn.ModuleList(ups)

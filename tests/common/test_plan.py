@@ -7,7 +7,7 @@ import pytest
 
 from rin.common.errors import ConfigError
 from rin.common.labels import label_set_digest
-from rin.common.plan import parse_plan, plan_digest, read_plan
+from rin.common.plan import Model, parse_plan, plan_digest, read_plan
 
 PLAN = f"""
 protocol = 1
@@ -52,12 +52,39 @@ def test_a_short_plan_has_the_strict_defaults() -> None:
         ("rounds = 3", 'rounds = 3\noptimizer = "lion"', "training.optimizer"),
         ("[training]", "[limits]\nmin-sites = 4\nquorum = 3\n[training]", "must be at least limits.min-sites"),
         ("[training]", '[privacy]\nmode = "dp"\n[training]', "privacy.mode"),
+        ("[training]", '[model]\nbackbone = "vit"\n[training]', "model.backbone: want 'resnet18', 'resnet50'"),
+        ("[training]", '[model]\nnorm = "layer"\n[training]', "model.norm: want 'batch' or 'group'"),
+        ("[training]", "[model]\nimage-size = 31\n[training]", "model.image-size: want greater than or equal to 32"),
+        ("rounds = 3", 'rounds = 3\nfreeze = "all"', "training.freeze: want 'none', 'head' or 'top10', got 'all'"),
         ('name = "small"', 'name = "<b>"', "name"),
         ('name = "small"', 'name = "small"\nmetrics = ["auc"]', "metrics.0"),
     ],
 )
 def test_what_a_plan_may_not_say(old: str, new: str, words: str) -> None:
     assert old in PLAN and words in fault(PLAN.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("keys", "size"),
+    [
+        ("", 224),
+        ('backbone = "inception_v3"', 299),
+        ('backbone = "swin_t"', 224),
+        ('backbone = "inception_resnet_v2"\nimage-size = 224', 224),
+        ('backbone = "inception_v3"\nimage-size = 75', 75),
+        ('backbone = "densenet121"\nnorm = "group"\nimage-size = 32', 32),
+    ],
+)
+def test_the_image_size_is_the_backbones_own_unless_said(keys: str, size: int) -> None:
+    assert parse_plan(f"{PLAN}[model]\n{keys}\n".encode()).model.image_size == size
+    assert Model().image_size == 224
+
+
+def test_a_size_that_the_backbone_cannot_take() -> None:
+    keys = '[model]\nbackbone = "inception_v3"\nimage-size = 64\n'
+    assert fault(PLAN + keys) == "plan.toml: model.image-size: want at least 75 pixels for inception_v3, got 64"
+    text = fault(PLAN + keys.replace("inception_v3", "vgg"))
+    assert "model.backbone" in text and "image-size" not in text
 
 
 def test_no_site_at_all() -> None:

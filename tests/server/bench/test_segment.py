@@ -13,12 +13,28 @@ from rin.server.bench.segment import UNet, mask_loss
 MODEL = Model.model_validate({"backbone": "resnet18", "image-size": 32})
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_one_logit_a_pixel_of_the_networks_own_size(size: int) -> None:
-    unet = UNet(initial(Model.model_validate({"backbone": "resnet18", "image-size": size}), 0, 2)).eval()
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [
+        ("resnet18", 32),
+        ("resnet18", 49),
+        ("resnet50", 32),
+        ("inception_v3", 75),
+        ("inception_v3", 96),
+        ("densenet121", 45),
+        ("inception_resnet_v2", 75),
+        ("swin_t", 32),
+        ("swin_t", 50),
+    ],
+)
+def test_one_logit_a_pixel_of_the_networks_own_size(backbone: str, size: int) -> None:
+    unet = UNet(initial(Model.model_validate({"backbone": backbone, "image-size": size}), 0, 2)).eval()
     with torch.inference_mode():
         assert unet(torch.zeros(2, 256, 256, dtype=torch.uint8)).shape == (2, size, size)
-        assert unet(torch.zeros(1, 1, size, size)).shape == (1, size, size)
+    found = unet(torch.zeros(1, 1, size, size))
+    assert found.shape == (1, size, size)
+    mask_loss(found, torch.ones(1, size, size)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
 
 
 def test_the_encoder_is_the_backbone_and_has_no_head() -> None:
