@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rin.common.backbones import Network
 from rin.common.batches import Data, sampled, seed_of
 from rin.common.errors import RefusedError
+from rin.common.freeze import frozen
 from rin.common.heads import LOSSES, Loss
 from rin.common.metrics import top_counts
 from rin.common.plan import MetricName, Plan, Training
@@ -228,6 +229,7 @@ def fit_round(
     if len(data) == 0:
         raise RefusedError("no-data")
     settle(device, threads)
+    frozen(module, plan.training.freeze)
     module.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     kept = {p: p.detach().clone() for p in module.head.parameters()}
     key = (plan.training.seed, site, round)
