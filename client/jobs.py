@@ -19,13 +19,14 @@ from rin.common.errors import RefusedError, StateError
 from rin.common.files import BLOCK, publish, read_json, write_json
 from rin.common.layout import Layout, file_digest
 from rin.common.plan import Digest, MetricName
+from rin.common.scores import GroupScores
 from rin.common.wire import Request, RoundNumber, RunId
 
 KEPT_ROUNDS: Final = 2  # this one and the one before; an older round is closed and nobody may ask for it again
 
 
 class Stored(BaseModel):
-    """What is remembered of a finished update; `metrics` have passed the egress gate."""
+    """What is remembered of a finished update; `metrics` and `scores` have passed the egress gate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -37,6 +38,7 @@ class Stored(BaseModel):
     steps: Annotated[int, Field(gt=0)]
     labels: tuple[int, ...]
     metrics: dict[MetricName, float]
+    scores: tuple[GroupScores, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Final
 from rin.client.site import Site
 from rin.common.errors import ConfigError, RefusedError
 from rin.common.labels import label_set_digest
-from rin.common.plan import MetricName, Plan, parse_plan, plan_digest
+from rin.common.plan import FigureName, Plan, parse_plan, plan_digest
 
 MAX_PLAN: Final = 256 << 10  # bytes; a plan of a thousand sites stays below
 
@@ -80,7 +80,7 @@ RULES: Final = (
         "policy",
         lambda f: f.patients < f.site.policy.min_patients,
         "{facts.patients} patients are in training here, this site wants {facts.site.policy.min_patients}",
-        "ingest more studies, or lower policy.min-patients",
+        "ingest more studies, or lower policy.min-patients (data without patient ids counts as one patient)",
     ),
     Rule(
         "policy",
@@ -109,8 +109,8 @@ def check(plan: Plan, digest: str, site: Site, accepted: Set[str], *, patients: 
     return [Reason(rule.code, rule.text.format(facts=facts), rule.step) for rule in RULES if rule.broken(facts)]
 
 
-def allowed_metrics(plan: Plan, site: Site) -> frozenset[MetricName]:
-    """The metrics that plan and site both allow to leave."""
+def allowed_metrics(plan: Plan, site: Site) -> frozenset[FigureName]:
+    """The figures that plan and site both allow to leave."""
     return frozenset(plan.metrics) & frozenset(site.policy.metrics)
 
 

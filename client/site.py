@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from rin.client.home import Home
 from rin.common.labels import label_index
-from rin.common.plan import MetricName, SiteName
+from rin.common.plan import FigureName, SiteName
 from rin.common.settings import Table, read_toml
 
 
@@ -68,7 +68,7 @@ class Policy(Table):
     none_agreed_by: str | None = None  # with privacy = "none": who at the site agreed
     none_agreed_on: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
     plans: Literal["accepted", "any"] = "accepted"  # "any": every plan within this policy
-    metrics: tuple[MetricName, ...] = ()  # metrics that may leave
+    metrics: tuple[FigureName, ...] = ()  # figures that may leave
     min_steps: Annotated[int, Field(ge=1)] = 8  # floors of non-private training (threat T8)
     min_batch: Annotated[int, Field(ge=1)] = 8
     min_patients: Annotated[int, Field(ge=1)] = 20

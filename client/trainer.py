@@ -152,6 +152,7 @@ class Trainer:
         cancelled: Callable[[], str],
     ) -> Stored:
         """Global weights in, local steps, update through the gate and onto the disk of the vault."""
+        from rin.client.validation import measure
         from rin.common import weights
 
         network, layout = self._network(request.plan, plan)
@@ -159,6 +160,7 @@ class Trainer:
         self._room_for(2 * layout.file_bytes, site)
         take_in(self.home.inbox, request.base, base, layout)
         weights.read_into(network, base, layout)
+        scores = measure(self.home, network, plan, site, cancelled)  # of the weights that came, before they are trained
         result = self._fit(network, request, plan, site, images, progress, cancelled)
         weights.write_update(update, network, base, layout)
         facts = egress.check_update(update, layout, max_norm=NORM_SLACK * plan.limits.max_update_norm)
@@ -171,6 +173,7 @@ class Trainer:
             steps=result.steps,
             labels=site.labels.rows(),
             metrics=egress.pass_metrics(result.metrics, policy.allowed_metrics(plan, site)),
+            scores=scores,
         )
         self.jobs.store(request, stored)
         return stored
@@ -238,6 +241,7 @@ class Trainer:
             steps=stored.steps,
             labels=stored.labels,
             metrics=stored.metrics,
+            scores=stored.scores,
             release=metadata.version("rin"),
             lock=lock_digest(),
         )
@@ -257,6 +261,7 @@ class Trainer:
                 "bytes": self.jobs.update(request).stat().st_size,
                 "norm": stored.norm,
                 "metrics": dict(stored.metrics),
+                "scores": [group.model_dump(mode="json") for group in stored.scores],
             },
         )
         put_out(self.jobs.update(request), outbox, f"{request.id}.safetensors", stored.update)

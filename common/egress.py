@@ -17,7 +17,7 @@ import numpy as np
 from rin.common.errors import RefusedError
 from rin.common.files import BLOCK, canonical_json, fsync_dir
 from rin.common.layout import Layout, Tensor
-from rin.common.plan import MetricName
+from rin.common.plan import FigureName, MetricName
 
 SMALLEST_COUNT: Final = 10  # images; a metric over fewer could be about one patient (threat T6)
 COUNTS: Final[tuple[MetricName, ...]] = ("images", "top1", "top5")
@@ -76,16 +76,19 @@ def _sum_of_squares(file: BinaryIO, tensor: Tensor, sha: hashlib._Hash) -> float
     return total
 
 
-def pass_metrics(metrics: Mapping[MetricName, float], allowed: Set[MetricName]) -> dict[MetricName, float]:
+def pass_metrics(metrics: Mapping[MetricName, float], allowed: Set[FigureName]) -> dict[MetricName, float]:
     """The metrics that may leave: allowed by plan and site, finite, rounded to four significant digits.
 
-    Counts below ten stay; below ten images the loss stays too, which is a mean over them.
+    Counts below ten stay; below ten images the loss stays too, which is a mean over them. What is counted on held-out
+    images goes through `rin.common.disclosure.published` instead.
     """
     if not metrics.get("images", 0) >= SMALLEST_COUNT:
         return {}
-    large = {name: value for name, value in metrics.items() if name not in COUNTS or value >= SMALLEST_COUNT}
-    rounded = {name: _rounded(large[name]) for name in sorted(allowed & large.keys())}
-    return {name: value for name, value in rounded.items() if math.isfinite(value)}  # rounding can overflow
+    names: list[MetricName] = sorted(name for name in metrics if name in allowed)
+    large: dict[MetricName, float] = {
+        name: _rounded(metrics[name]) for name in names if name not in COUNTS or metrics[name] >= SMALLEST_COUNT
+    }
+    return {name: value for name, value in large.items() if math.isfinite(value)}  # rounding can overflow
 
 
 def _rounded(value: float) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
+from rin.common.disclosure import Outcomes
 from rin.common.labels import label_set
 
 MIN_CASES: Final = 10  # positives, and negatives, below which an AUC is left out
@@ -30,6 +31,37 @@ def top_counts(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.bool_], 
     order = np.argsort(-logits[:, columns], axis=1, kind="stable")
     hits = np.take_along_axis(labels[:, columns], order, axis=1)
     return {"top1": int(hits[:, :1].any(1).sum()), "top5": int(hits[:, :5].any(1).sum()), "images": len(logits)}
+
+
+def outcomes(
+    logits: npt.NDArray[np.floating],
+    labels: npt.NDArray[np.bool_],
+    rows: Sequence[int],
+    patient: npt.NDArray[np.int64],
+) -> Outcomes:
+    """What a network said about each image, among the declared rows.
+
+    Args:
+        logits: (n, n_labels).
+        labels: bool (n, n_labels), a declared one in every row.
+        rows: declared head rows.
+        patient: (n,), the patient of each image.
+    """
+    columns = np.asarray(rows, dtype=np.int64)
+    order = np.argsort(-logits[:, columns], axis=1, kind="stable")
+    carried = np.take_along_axis(labels[:, columns], order, axis=1)
+    known = np.zeros_like(labels)
+    known[:, columns] = labels[:, columns]
+    return Outcomes(known, columns[order[:, 0]], carried.argmax(1), patient, tuple(rows))
+
+
+def log_softmax(logits: npt.NDArray[np.floating], rows: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Logarithm of the softmax over the declared `rows`: float64 (n, n_labels), minus infinity in the others."""
+    found = np.full(logits.shape, -np.inf)
+    columns = np.asarray(rows, dtype=np.int64)
+    chosen = logits[:, columns].astype(np.float64)
+    found[:, columns] = chosen - np.logaddexp.reduce(chosen, axis=1, keepdims=True)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0)]
 MetricName = Literal["loss", "top1", "top5", "images"]  # of a round's training batches
 ScoreName = Literal["validation", "confusion", "auc"]  # of the held-out images, see rin.common.scores
+FigureName = Literal[MetricName, ScoreName]
 
 
 class Sides(NamedTuple):
@@ -136,7 +137,7 @@ class Plan(Table):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9 ._-]{1,64}$")]
     label_set: Digest
     sites: dict[SiteName, Positive]  # site name to its public weight
-    metrics: tuple[MetricName | ScoreName, ...] = ("loss", "top1", "top5", "images")
+    metrics: tuple[FigureName, ...] = ("loss", "top1", "top5", "images")
     model: Model = Model()
     training: Training
     strategy: Strategy = Strategy()

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rin.common.errors import CODES, RefusedError
 from rin.common.files import canonical_json
 from rin.common.plan import PROTOCOL, Digest, MetricName, SiteName
+from rin.common.scores import GroupScores
 
-MAX_MANIFEST: Final = 16 << 10  # bytes of canonical JSON
+MAX_MANIFEST: Final = 24 << 10  # bytes of canonical JSON; one of all labels and `scores.MAX_CELLS` cells fits
 SIGNATURE_CONTEXT: Final = b"rin-update-v1\n"  # keeps a signature over an update from being one over anything else
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 RoundNumber = Annotated[int, Field(ge=1, le=100_000)]
@@ -81,6 +82,7 @@ class Manifest(_Wire):
     steps: Annotated[int, Field(gt=0)]  # optimizer steps taken; the plan's, never a count of patients
     labels: Annotated[tuple[int, ...], Field(min_length=1, max_length=4096)]  # head rows that the site declares
     metrics: dict[MetricName, float]  # what the egress gate let through
+    scores: Annotated[tuple[GroupScores, ...], Field(max_length=64)] = ()  # of the base's weights, on held-out images
     release: Annotated[str, Field(max_length=64)]  # version of rin at the site
     lock: Digest  # of the site's installed distributions, see `lock_digest`
 

@@ -19,7 +19,7 @@ from rin.server.rundir import RunDir
 
 MAX_CONNECTIONS: Final = 512
 IDLE_S: Final = 15  # an open connection without a request; SuperNodes ask every 3 s
-MAX_HEAD: Final = 32 << 10  # bytes; a manifest of 16 KiB in base64url fits
+MAX_HEAD: Final = 48 << 10  # bytes; a manifest of 24 KiB in base64url fits
 BUFFER: Final = 48 << 10  # bytes a connection and direction; with asyncio's 256 KiB ten uploads cost 13 MB more
 _CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"  # TLS 1.2; those of 1.3 are fixed
 

@@ -36,7 +36,7 @@ def test_the_default_policy_is_the_strictest() -> None:
         ('[policy]\nprivacy = "none"\nnone-agreed-by = "Dr. X"\nnone-agreed-on = "yesterday"', "none-agreed-on"),
         ('[policy]\nprivacy = "off"', "policy.privacy"),
         ("[policy]\nmin-sites = 0", "policy.min-sites"),
-        ('[policy]\nmetrics = ["auc"]', "policy.metrics.0"),
+        ('[policy]\nmetrics = ["accuracy"]', "policy.metrics.0"),
         ('[labels]\ndeclared = ["MR_knee_nothing"]', "not in the label set: MR_knee_nothing"),
         (f'[labels]\nexhaustive = ["{LABELS[0]}"]', "may only name declared labels"),
         ('[device]\nname = "tpu"', "device.name"),

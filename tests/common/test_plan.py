@@ -57,7 +57,8 @@ def test_a_short_plan_has_the_strict_defaults() -> None:
         ("[training]", "[model]\nimage-size = 31\n[training]", "model.image-size: want greater than or equal to 32"),
         ("rounds = 3", 'rounds = 3\nfreeze = "all"', "training.freeze: want 'none', 'head' or 'top10', got 'all'"),
         ('name = "small"', 'name = "<b>"', "name"),
-        ('name = "small"', 'name = "small"\nmetrics = ["auc"]', "metrics.0"),
+        ('name = "small"', 'name = "small"\nmetrics = ["accuracy"]', "metrics.0"),
+        ('name = "small"', 'name = "small"\nmetrics = ["auc", "loss"]', "come with validation only"),
     ],
 )
 def test_what_a_plan_may_not_say(old: str, new: str, words: str) -> None:

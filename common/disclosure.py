@@ -1,0 +1,135 @@
+"""What a site may say about its held-out images: disjoint cells of at least ten patients, so nothing can be solved.
+
+A count can be learnt without being sent: by subtracting others from a total. So a total is sent together with parts of
+it only if what is left over is no small cell either: it is the one part that nobody can look into. The sets whose size
+follows by adding and subtracting are unions of such parts, of ten patients or more. Top-5 parts the misses a second
+time; of two ways to part one total, no crossing follows. A zero is a small cell: "nobody" beside "withheld" would tell
+whether a patient is here. (Secondary suppression: Hundepool et al., Statistical Disclosure Control, 2012; threat T6.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rin.common.scores import MAX_CELLS, SMALLEST_CELL, GroupScores, groups
+
+Index = npt.NDArray[np.int64]  # places of images, ascending
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What a network said about n held-out images.
+
+    Args:
+        labels: bool (n, n_labels), declared rows only, at least one in every row.
+        predicted: int64 (n,), the declared head row with the highest output.
+        place: int64 (n,), how many declared rows stand before the first that the image carries.
+        patient: int64 (n,).
+        rows: the declared head rows.
+    """
+
+    labels: npt.NDArray[np.bool_]
+    predicted: npt.NDArray[np.int64]
+    place: npt.NDArray[np.int64]
+    patient: npt.NDArray[np.int64]
+    rows: tuple[int, ...]
+
+
+def published(outcomes: Outcomes, areas: Mapping[int, float], allowed: Set[Any]) -> tuple[GroupScores, ...]:
+    """The figures of `outcomes` that may leave, rounded, by modality and anatomy.
+
+    Args:
+        areas: AUC by head row.
+        allowed: of `validation`, `confusion` and `auc` what plan and site both allow; nothing without the first.
+    """
+    if "validation" not in allowed:
+        return ()
+    found = []
+    for (modality, anatomy), labels in groups().items():
+        own = [label.index for label in labels if label.index in outcomes.rows]
+        group = _Group(outcomes, own)
+        if group.enough(group.members):
+            facts = group.counts(confusion="confusion" in allowed)
+            auc = tuple((row, areas[row]) for row in own if row in areas and group.two_sided(row))
+            facts["auc"] = auc if "auc" in allowed else ()
+            found.append(GroupScores(modality=modality, anatomy=anatomy, **facts))
+    return tuple(group.rounded() for group in _largest_cells(found))
+
+
+class _Group:
+    """The images of one modality and anatomy, with a true row each; `own` are its declared rows."""
+
+    def __init__(self, outcomes: Outcomes, own: list[int]) -> None:
+        self.outcomes, self.own = outcomes, own
+        mine = np.zeros_like(outcomes.labels)
+        mine[:, own] = outcomes.labels[:, own]
+        self.members: Index = np.flatnonzero(mine.any(1))
+        carried = mine[np.arange(len(mine)), outcomes.predicted]
+        self.truth = np.where(carried, outcomes.predicted, mine.argmax(1))
+
+    def enough(self, images: Index) -> bool:
+        """Whether `images` are no small cell."""
+        return len(np.unique(self.outcomes.patient[images])) >= SMALLEST_CELL
+
+    def two_sided(self, row: int) -> bool:
+        positive = self.outcomes.labels[self.members, row]
+        return self.enough(self.members[positive]) and self.enough(self.members[~positive])
+
+    def counts(self, *, confusion: bool) -> dict[str, Any]:
+        place = self.outcomes.place[self.members]
+        hit, near, far = self.members[place == 0], self.members[(place > 0) & (place < 5)], self.members[place >= 5]
+        facts: dict[str, Any] = {"images": len(self.members), **self._ranks(hit, near, far)}
+        if "top1" in facts:
+            facts["hits"] = _sizes(self._parts(hit, self.truth, self.own))
+            misses = self._parts(np.union1d(near, far), self.truth, self.own)
+            facts["misses"] = _sizes(misses)
+            facts["cells"] = tuple(self._cells(misses)) if confusion else ()
+        return facts
+
+    def _ranks(self, hit: Index, near: Index, far: Index) -> dict[str, int]:
+        """Top-1 and top-5 where what they part is enough; of up to five rows all are within five."""
+        images, rows = len(self.members), len(self.outcomes.rows)
+        if rows == 1:
+            return {"top1": images, "top5": images}
+        first = self.enough(hit) and self.enough(np.union1d(near, far))
+        if rows <= 5:
+            return {"top1": len(hit), "top5": images} if first else {"top5": images}
+        if first and self.enough(near) and self.enough(far):
+            return {"top1": len(hit), "top5": images - len(far)}
+        if first:
+            return {"top1": len(hit)}
+        return {"top5": images - len(far)} if self.enough(np.union1d(hit, near)) and self.enough(far) else {}
+
+    def _cells(self, misses: Mapping[int, Index]) -> Iterable[tuple[int, int, int]]:
+        for true, missed in misses.items():
+            parts = self._parts(missed, self.outcomes.predicted, [row for row in self.outcomes.rows if row != true])
+            yield from ((true, row, count) for row, count in _sizes(parts))
+
+    def _parts(self, images: Index, key: Index, rows: Sequence[int]) -> dict[int, Index]:
+        """The parts of `images` by `key` that may be sent beside their number: what is left over is no small cell."""
+        parts = {row: images[key[images] == row] for row in rows}
+        kept = {row: part for row, part in parts.items() if self.enough(part)}
+        largest_first = sorted(kept, key=lambda row: (-len(kept[row]), row))
+        while kept and len(kept) < len(parts):
+            if self.enough(np.concatenate([part for row, part in parts.items() if row not in kept])):
+                break
+            del kept[largest_first.pop()]
+        return kept
+
+
+def _sizes(parts: Mapping[int, Index]) -> tuple[tuple[int, int], ...]:
+    return tuple((row, len(images)) for row, images in sorted(parts.items()))
+
+
+def _largest_cells(found: list[GroupScores]) -> list[GroupScores]:
+    """The `MAX_CELLS` largest confusion cells; the others join what is left over of their rows."""
+    order = sorted((-count, true, predicted) for group in found for true, predicted, count in group.cells)
+    kept = {(true, predicted) for _, true, predicted in order[:MAX_CELLS]}
+    return [
+        group.model_copy(update={"cells": tuple(cell for cell in group.cells if cell[:2] in kept)}) for group in found
+    ]
