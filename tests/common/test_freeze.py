@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, get_args
 
 import numpy as np
@@ -64,6 +65,13 @@ def test_exactly_the_frozen_batch_norms_stay_in_evaluation(name: str, level: Lev
     assert all(layer.training for layer in frozen(net, "none").train().modules())
 
 
+def test_a_copy_keeps_its_own_norms_still() -> None:
+    net = frozen(build(model("resnet18"), 2), "top10")
+    twin = copy.deepcopy(net).train()
+    assert len(twin.still) == len(net.still) == 18 and not set(twin.still) & set(net.still)
+    assert [layer.training for layer in batch_norms(twin.backbone).values()] == 18 * [False] + 2 * [True]
+
+
 def plan(backbone: str, norm: str, freeze: str) -> Plan:
     return Plan.model_validate(
         {
@@ -91,7 +99,6 @@ class Noise:
 def trained(p: Plan) -> tuple[Network, dict[str, Tensor], dict[str, Tensor]]:
     """The network after a round, and its state before and after."""
     net = initial(p.model, 0)
-    # Statistics that a step in training mode would move.
     before = {name: value.clone() for name, value in net.state_dict().items()}
     fit_round(net, Noise(), p, rows=(0, 1), round=1, site="siteA", device=torch.device("cpu"), threads=1)
     return net, before, net.state_dict()
