@@ -97,6 +97,16 @@ def ingest(
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV: which image carries which local label.")] = None,
     mapping: Annotated[Path | None, typer.Option(help="CSV: local label to RadImageNet label.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="`dicom` (default), or `radimagenet`: the published PNG folders.", show_default=False),
+    ] = None,
+    csv: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--csv", help="Layout radimagenet: a list of the published split; again for each.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line.")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show path and reason of every refused file, on this terminal only.")
@@ -105,9 +115,10 @@ def ingest(
         Path | None, typer.Option(help="Write a PNG of ingested images for a human to look at (patient data!).")
     ] = None,
 ) -> None:
-    """Read the DICOM archive into catalog and cache; what is known is skipped, so it may be stopped at any time."""
+    """Read the archive into catalog and cache; what is known is skipped, so it may be stopped at any time."""
     from rin.client import site as sites
     from rin.client.ingest import pipeline, sheet
+    from rin.client.ingest.report import PATIENTS_WARNING
 
     here = _home(home)
     settings = sites.read_site(here) if here.site_toml.is_file() else None
@@ -122,12 +133,17 @@ def ingest(
             typer.echo(f"{reason}\t{path}")
         return
     show = progress_printer("ingest, files")
+    chosen = layout or (settings.archive.layout if settings else "dicom")
+    if chosen == "radimagenet":
+        _warn(PATIENTS_WARNING)  # before the hours, not after them
     report = pipeline.ingest(
         here,
         site=name,
         roots=roots,
         labels=labels or (settings.archive.labels if settings else None),
         mapping=mapping or (settings.archive.mapping if settings else None),
+        layout=chosen,
+        csv=csv or list(settings.archive.csv if settings else ()),
         progress=lambda state: show(state.done, state.total if state.stage == "read" else 0),
     )
     if contact_sheet is not None:
@@ -138,11 +154,22 @@ def ingest(
         _print_report(report, contact_sheet)
 
 
+def _warn(text: str) -> None:
+    typer.secho(f"WARNING: {text}", err=True, fg="red" if sys.stderr.isatty() else None)
+
+
 def _print_report(report: IngestReport, drawn: Path | None) -> None:
+    from rin.client.ingest.report import FACTS
+
     typer.echo(f"{report.files} files, {report.accepted} images accepted, {report.seconds:.1f} s")
     for title, counts in (("refused", report.refused), ("labels", report.labels), ("unmapped", report.unmapped)):
         for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
             typer.echo(f"  {title:<9}{count:>8}  {name}")
+    for name, count in report.facts.items():
+        if count:
+            typer.echo(f"  {'note':<9}{count:>8}  {FACTS[name]}")
+    if report.warning:
+        _warn(report.warning)
     if report.refused:
         typer.echo("next: `rin-client ingest --explain` shows the paths behind the reasons, on this terminal only")
     if drawn is not None:

@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from rin.client.home import Home
 from rin.client.ingest.cache import SHARD_IMAGES, SIDE, map_shards
-from rin.client.ingest.catalog import CatalogImage, read_images
+from rin.client.ingest.catalog import CatalogImage, patients_known, read_images
 from rin.common.labels import label_set
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
     """The images of one split, or of all, with a declared label; image `i` is the same one in every process.
+
+    It is what the training loop reads, see `rin.common.batches.Data`.
 
     The order is by pseudonyms, so that the same archive and key give the same order however they were ingested.
 
@@ -28,6 +30,8 @@ class TrainingData:
         label_offsets: (n + 1,) int64 into `label_indices`.
         label_indices: label indices (0..164) of image `i` at `label_offsets[i]:label_offsets[i + 1]`, sorted,
             declared labels only.
+        patients_known: False where the archive names no patients: each image then stands for one of its own, and
+            nothing can be said or promised per patient.
     """
 
     patient: NDArray[np.int64]
@@ -35,6 +39,7 @@ class TrainingData:
     anatomy: NDArray[np.str_]
     label_offsets: NDArray[np.int64]
     label_indices: NDArray[np.int64]
+    patients_known: bool
     _slots: NDArray[np.int64]
     _shards: tuple[NDArray[np.uint8], ...]
 
@@ -61,9 +66,17 @@ class TrainingData:
             anatomy=_texts(rows, "anatomy"),
             label_offsets=np.concatenate([_ints([0]), np.cumsum(_ints(len(found) for _, found in rows))]),
             label_indices=_ints(index for _, found in rows for index in found),
+            patients_known=patients_known(home.catalog),
             _slots=_ints(image.slot for image, _ in rows),
             _shards=tuple(map_shards(home.cache, slots=slots)),
         )
+
+    def __len__(self) -> int:
+        return self.n_images
+
+    def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Images (b, 256, 256) and labels (b, number of labels in the label set)."""
+        return self.images(index), self.targets(index) > 0
 
     @property
     def n_images(self) -> int:
@@ -72,7 +85,9 @@ class TrainingData:
 
     @property
     def n_patients(self) -> int:
-        """Patients that they come from."""
+        """Patients that they come from, as far as that can be shown: unknown patients may all be one person."""
+        if not self.patients_known:
+            return min(1, self.n_images)
         return int(self.patient[-1]) + 1 if len(self.patient) else 0
 
     def images(self, indices: NDArray[Any] | Sequence[int]) -> NDArray[np.uint8]:

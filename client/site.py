@@ -19,6 +19,8 @@ class Archive(Table):
     roots: tuple[Path, ...] = ()
     labels: Path | None = None  # CSV: which image carries which local label
     mapping: Path | None = None  # CSV: local label to RadImageNet label
+    layout: Literal["dicom", "radimagenet"] = "dicom"  # "radimagenet": the published PNG folders, which name the labels
+    csv: tuple[Path, ...] = ()  # layout radimagenet: the published split, RadiologyAI_{train,val,test}.csv
     hold_out: bool = True  # false: an archive too small to hold patients back trains on all of them
 
 

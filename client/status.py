@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rin.client.home import Home
+from rin.client.ingest.report import PATIENTS_UNKNOWN, PATIENTS_WARNING
 from rin.common.errors import StateError
 from rin.common.files import lock, read_json
 
@@ -67,15 +68,19 @@ def _facts(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _catalog(path: Path) -> dict[str, int | None]:
-    """Images, patients and files without an image; never a row."""
+def _catalog(path: Path) -> dict[str, int | str | None]:
+    """Images, patients and files without an image; never a row. A warning with it where patients are unknown."""
     queries = {
         "images": "SELECT count(*) FROM images",
         "patients": "SELECT count(DISTINCT patient) FROM images",
         "files_refused": "SELECT count(*) FROM files WHERE reason NOT NULL",
     }
+    warning: dict[str, str] = {}
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
-            return {name: db.execute(query).fetchone()[0] for name, query in queries.items()}
+            if db.execute("SELECT 1 FROM meta WHERE key = 'patients' AND value = ?", (PATIENTS_UNKNOWN,)).fetchone():
+                warning = {"warning": PATIENTS_WARNING}
+                queries["patients"] = f"SELECT '{PATIENTS_UNKNOWN}'"
+            return {name: db.execute(query).fetchone()[0] for name, query in queries.items()} | warning
     except (sqlite3.Error, OSError):
         return dict.fromkeys(queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from rin.client.ingest.cache import SHARD_IMAGES
+from rin.client.ingest.copies import SCHEMA as COPIES
+from rin.client.ingest.copies import Copies
+from rin.client.ingest.report import PATIENTS_UNKNOWN
 from rin.common.errors import StateError
 
 SCHEMA_VERSION: Final = "1"
@@ -87,7 +91,10 @@ class Catalog:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)
         self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;" + _SCHEMA)
+        self._db.executescript(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;" + _SCHEMA + COPIES
+        )
+        self.copies = Copies(self._db)
         self._db.execute("BEGIN")
         version = self.meta("schema")
         if version not in (None, SCHEMA_VERSION):
@@ -157,7 +164,11 @@ class Catalog:
         )
 
     def forget_file(self, path_key: bytes) -> None:
-        """Remove what is known of a file that changed; its slots are left for `erased`."""
+        """Remove what is known of a file that changed; its slots are left for `erased`.
+
+        An image of an archive without instance UIDs that another file holds too goes on as that file's.
+        """
+        self.copies.leave(path_key)
         self._db.execute("INSERT OR IGNORE INTO erased SELECT slot FROM images WHERE path_key = ?", (path_key,))
         for table in ("images", "refusals", "files"):
             self._db.execute(f"DELETE FROM {table} WHERE path_key = ?", (path_key,))
@@ -180,14 +191,16 @@ class Catalog:
         """Whether the same pixels are already there."""
         return self._db.execute("SELECT 1 FROM images WHERE digest = ?", (digest,)).fetchone() is not None
 
-    def add_image(self, path_key: bytes, image: ImageRow, *, slot: int) -> None:
-        """Add one image with its labels."""
+    def add_image(self, path_key: bytes, image: ImageRow, *, slot: int) -> int:
+        """Add one image with its labels; returns its id."""
         columns = (image.patient, image.study, image.series, image.instance, image.frame, image.modality)
         columns += (image.anatomy, image.split, slot, image.digest, image.policy, image.rows, image.cols, image.bits)
         columns += (image.photometric, image.syntax, image.lossy)
         marks = ", ".join("?" * (2 + len(columns)))
         cursor = self._db.execute(f"INSERT INTO images VALUES ({marks})", (None, path_key, *columns))
-        self._label(cursor.lastrowid or 0, image.labels)
+        added = cursor.lastrowid or 0
+        self._label(added, image.labels)
+        return added
 
     def relabel(self, image: int, labels: Sequence[int], path_key: bytes) -> None:
         """Give an image that is already in the cache other labels, or another file (one that was moved)."""
@@ -305,3 +318,17 @@ def read_images(path: Path, *, split: str | None = None) -> tuple[int, Iterator[
         for patient, modality, anatomy, slot, labels in rows
     )
     return int(slots[0]) if slots else 0, images
+
+
+def patients_known(path: Path) -> bool:
+    """Whether the patients of the catalog's images are people; False where the archive names none and each image
+    stands for one of its own.
+
+    Raises:
+        StateError: there is no catalog.
+    """
+    if not path.exists():
+        raise StateError(f"{path.name} is missing", step="run `rin-client ingest` first")
+    with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+        row = db.execute("SELECT value FROM meta WHERE key = 'patients'").fetchone()
+    return row is None or row[0] != PATIENTS_UNKNOWN

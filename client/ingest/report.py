@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+PATIENTS_UNKNOWN: Final = "unknown"  # the catalog's word on an archive that names no patient
+PATIENTS_WARNING: Final = (
+    "no patient ids exist in this data: each image counts as a patient of its own. One person may stand on both sides"
+    " of the split, so validation and test figures come out too high; nothing can be promised per patient, privacy"
+    " least of all; and policy.min-patients counts all of it as ONE patient"
+)
+# What a layout counts besides, in the report's words.
+FACTS: Final[dict[str, str]] = {
+    "several_labels": "images that carry several labels",
+    "several_splits": "images listed under several splits; each stays in one (test before val before train)",
+    "missing": "files that the lists name and the archive does not hold",
+    "bad_rows": "rows of the lists that name no file of the layout",
+    "unused_lists": "published lists beside the archive that were not given with --csv: the split is by hash",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +49,8 @@ class IngestReport:
         unmapped: local label that the mapping does not know, to images; shown, never stored.
         decoded: images that this run added.
         seconds: wall time of this run.
+        patients_known: False where the archive does not say whose image a file is.
+        facts: counts of the layout's own, see `FACTS`.
     """
 
     files: int
@@ -45,7 +62,20 @@ class IngestReport:
     unmapped: dict[str, int]
     decoded: int
     seconds: float
+    patients_known: bool = True
+    facts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def warning(self) -> str | None:
+        """What whoever uses these images must know."""
+        return None if self.patients_known else PATIENTS_WARNING
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values; seconds to the millisecond."""
-        return asdict(self) | {"seconds": round(self.seconds, 3)}
+        plain = asdict(self)
+        known = plain.pop("patients_known")
+        return plain | {
+            "seconds": round(self.seconds, 3),
+            "patients": "known" if known else PATIENTS_UNKNOWN,
+            "warning": self.warning,
+        }

@@ -13,12 +13,13 @@ import threading
 import warnings
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rin.client.ingest.header import Header
+from rin.client.ingest.pixels import Layout
 from rin.client.ingest.reasons import Refused
 from rin.common.errors import RinError
 
@@ -35,21 +36,24 @@ _STOP: Final = None
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One file: read its header with pydicom (no modality), or decode the wanted frames by its skimmed header."""
+    """One file: a PNG, or DICOM: read its header with pydicom (no modality), or decode the wanted frames by its
+    skimmed header."""
 
     path: Path
     modality: str = ""
     frames: frozenset[int] | None = None
     header: Header | None = None
+    png: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job: a header, pictures, or the reason against the whole file."""
+    """What became of a job: a header, pictures (of a PNG with its layout), or the reason against the whole file."""
 
     header: Header | None = None
     pictures: tuple[Picture, ...] = ()
     reason: str | None = None
+    layout: Layout | None = None
 
 
 class Pool:
@@ -159,7 +163,7 @@ class _Worker:
             while not isinstance(message := self._receive(self._timeout_s), Outcome):
                 pictures.append(message)
             _, future = pending.popleft()
-            future.set_result(Outcome(message.header, tuple(pictures), message.reason))
+            future.set_result(replace(message, pictures=tuple(pictures)))
 
     @property
     def alive(self) -> bool:
@@ -193,7 +197,7 @@ def _serve(pipe: Connection) -> None:
     logging.disable(logging.CRITICAL)
     import cv2  # here and not above, as what follows: the parent never decodes
 
-    import rin.client.ingest.dicom  # noqa: F401 - loaded before the clock of the first file runs
+    import rin.client.ingest.png  # noqa: F401 - DICOM with it: loaded before the clock of the first file runs
 
     cv2.setNumThreads(1)
     with contextlib.suppress(EOFError, OSError):
@@ -206,10 +210,15 @@ def _serve(pipe: Connection) -> None:
 def _work(pipe: Connection, job: Job) -> None:
     """Each picture as it is done, then the outcome."""
     from rin.client.ingest.dicom import pictures, read_header
+    from rin.client.ingest.png import read_png
 
     outcome = Outcome()
     try:
-        if job.modality:
+        if job.png:
+            layout, picture = read_png(job.path)
+            pipe.send(picture)
+            outcome = Outcome(layout=layout)
+        elif job.modality:
             for picture in pictures(job.path, modality=job.modality, frames=job.frames, header=job.header):
                 pipe.send(picture)
         else:

@@ -1,0 +1,457 @@
+"""The published RadImageNet as a site: labels, splits, duplicates, and everything accounted for."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rin.client.data import TrainingData
+from rin.client.home import Home
+from rin.client.ingest.cache import map_shards
+from rin.client.ingest.pipeline import IngestReport, explain, ingest
+from rin.client.ingest.radimagenet import label_of, listed_label_of, listed_path, place_of
+from rin.client.ingest.report import PATIENTS_WARNING
+from rin.client.status import status
+from rin.common.errors import ConfigError, StateError
+from rin.common.labels import label_index, label_set
+from tests.client.ingest.radimagenet_tree import CLASSES, Tree, add_traps, png, scan, write_tree
+
+INDEX = label_index()
+
+
+def run(home: Home, root: Path, **options: Any) -> IngestReport:
+    report = ingest(home, site="siteA", roots=[root], layout="radimagenet", workers=1, **options)
+    assert report.files == report.accepted_files + sum(report.refused.values())
+    return report
+
+
+def rows(home: Home, query: str) -> list[tuple[Any, ...]]:
+    db = sqlite3.connect(home.catalog)
+    try:
+        return db.execute(query).fetchall()
+    finally:
+        db.close()
+
+
+def labels_of(report: IngestReport) -> Counter[str]:
+    return Counter(report.labels)
+
+
+def state(home: Home) -> list[tuple[Any, ...]]:
+    """Everything about the images that does not depend on the order of decoding."""
+    return rows(
+        home,
+        "SELECT i.path_key, patient, instance, split, modality, anatomy, digest, f.reason, group_concat(l.label)"
+        " FROM images i JOIN files f USING (path_key) LEFT JOIN image_labels l ON l.image = i.id GROUP BY i.id"
+        " ORDER BY digest",
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return write_tree(tmp_path / "data", images=2, side=48)
+
+
+# names
+
+
+def test_every_official_class_folder_is_its_label() -> None:
+    for label in label_set():
+        folder = f"{label.modality}/{label.anatomy}" if label.modality != "US" else "US"
+        place = place_of(f"radiology_ai/{folder}/{label.finding}/x.png")
+        assert place is not None
+        assert label_of(place) == label.index
+        for listed in (f"{label.anatomy}-{label.finding}", label.finding, label.name):
+            assert listed_label_of(place, listed) == label.index
+
+
+@pytest.mark.parametrize(
+    ("folder", "listed", "name"),
+    [
+        ("MR/af/intra", "af-intra-articular", "MR_af_intra"),
+        ("MR/knee/x", "intra-articular", "MR_knee_intra"),
+        ("MR/brain/x", "brain-extra-axial", "MR_brain_extra"),
+        ("MR/abd", "mriabd-normal", None),  # a folder of the other layout's depth
+        ("MR/abd/x", "mriabd-normal", "MR_mriabd_normal"),
+        ("MR/mriabd/x", "abd-normal", None),  # abd is CT's; it is not guessed that mriabd was meant
+        ("CT/abd/x", "MR_mriabd_normal", None),
+        ("CT/abd/normal", "abd-normal-variant", None),
+        ("CT/abd/normal", "abd-Normal", None),
+        ("CT/abd/normal", "", None),
+        ("US/x", "usabd-gb", "US_usabd_gb"),
+        ("US/x", "usthyroid-gb", None),
+    ],
+)
+def test_listed_names_are_taken_by_the_letter(folder: str, listed: str, name: str | None) -> None:
+    place = place_of(f"{folder}/x.png")
+    found = listed_label_of(place, listed) if place else None
+    assert found == (INDEX[name] if name else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("radiology_ai/CT/abd/normal/x.png", "CT/abd/normal/x.png"),
+        ("./radiology_ai/CT/abd/normal/x.png", "CT/abd/normal/x.png"),
+        ("radiology_ai\\CT\\abd\\normal\\x.png", "CT/abd/normal/x.png"),
+        ("CT/abd/normal/x.png", "CT/abd/normal/x.png"),
+        ("radiology_ai/CT/../../../etc/passwd", None),
+        ("..\\radiology_ai\\CT\\x.png", None),
+        ("/data/radiology_ai/CT/abd/normal/x.png", None),
+        ("C:/radiology_ai/CT/abd/normal/x.png", None),
+        ("CT//normal/x.png", None),
+        ("", None),
+    ],
+)
+def test_listed_paths_stay_in_the_archive(text: str, path: str | None) -> None:
+    assert listed_path(text) == path
+
+
+@given(st.text(max_size=60))
+def test_no_listed_path_ever_leaves_the_archive(text: str) -> None:
+    path = listed_path(text)
+    if path is not None:
+        assert os.path.normpath(f"/root/{path}") == f"/root/{path}"
+        place_of(path)
+
+
+# what comes in
+
+
+def test_folders_alone_are_the_labels(tree: Tree, home: Home) -> None:
+    report = run(home, tree.root)
+    assert report.accepted == len(tree.labels)
+    assert report.refused == {}
+    assert labels_of(report) == Counter(tree.labels.values())
+    assert report.facts == {"several_labels": 0, "several_splits": 0, "unused_lists": 0}
+    shown = rows(home, "SELECT DISTINCT modality, anatomy, policy, rows, cols, bits, syntax FROM images ORDER BY 1, 2")
+    assert shown[0] == ("CT", "abd", "full-range", 48, 48, 8, "png")
+    assert {(modality, anatomy) for modality, anatomy, *_ in shown if modality == "US"} == {
+        ("US", "usabd"),
+        ("US", "usthyroid"),
+    }
+
+
+def test_lists_give_the_published_split(tree: Tree, home: Home) -> None:
+    tree.rows = [(name, label, "test" if "/knee/" in name else "train") for name, label, _ in tree.rows]
+    tree.write_lists(end="\r\n", mark="\ufeff")
+    report = run(home, tree.root, csv=tree.lists)
+    assert report.accepted == len(tree.labels)
+    assert report.facts == {"several_labels": 0, "several_splits": 0, "missing": 0, "bad_rows": 0}
+    assert rows(home, "SELECT split, anatomy = 'knee', count(*) FROM images GROUP BY 1, 2 ORDER BY 1") == [
+        ("test", 1, 2),
+        ("train", 0, 26),
+    ]
+    # without them it is the hash of the pixels: another one, and that of any other site
+    shutil.copytree(tree.root, tree.parent / "other" / "radiology_ai")
+    homes = [Home(home.root.with_name(name)) for name in ("b", "c")]
+    reports = [run(homes[0], tree.root), run(homes[1], tree.parent / "other")]
+    assert [report.facts["unused_lists"] for report in reports] == [3, 0]
+    by_pixels = [_split_by_pixels(each) for each in homes]
+    assert by_pixels[0] == by_pixels[1]
+    assert set(by_pixels[0].values()) != {"train"}
+    assert homes[0].pseudonym_key.read_bytes() != homes[1].pseudonym_key.read_bytes()
+
+
+def _split_by_pixels(home: Home) -> dict[bytes, str]:
+    (shard,) = map_shards(home.cache, slots=rows(home, "SELECT count(*) FROM images")[0][0])
+    return {shard[slot].tobytes(): split for slot, split in rows(home, "SELECT slot, split FROM images")}
+
+
+def test_no_file_is_pinned_out_of_the_published_split(tree: Tree, home: Home) -> None:
+    tree.rows = [(name, label, "test") for name, label, _ in tree.rows]
+    run(home, tree.root, csv=tree.write_lists())
+    assert rows(home, "SELECT DISTINCT split FROM images") == [("test",)]
+
+
+def test_every_trap_has_its_reason(tree: Tree, home: Home) -> None:
+    expected = add_traps(tree)
+    report = run(home, tree.root, csv=tree.write_lists())
+    found = {path.relative_to(tree.root).as_posix(): reason for path, reason in explain(home, [tree.root])}
+    assert found == expected
+    assert report.accepted == len(tree.labels) + 1
+    assert report.unmapped == {
+        "CT/abd-Normal": 1,
+        "CT/abd-tumour": 1,
+        "MR/abd-normal": 1,
+        "US/usabd-normal-variant": 1,
+    }
+    assert report.facts == {"several_labels": 1, "several_splits": 1, "missing": 0, "bad_rows": 1}
+    labels = rows(
+        home, "SELECT label FROM image_labels WHERE image IN (SELECT id FROM images WHERE rows = 224) ORDER BY 1"
+    )
+    assert [label for (label,) in labels] == [INDEX["CT_abd_normal"], INDEX["CT_abd_urolithiasis"]]
+    assert rows(home, "SELECT split FROM images WHERE rows = 224") == [("test",)]  # not in training as well
+    # by folders alone
+    plain = Home(home.root.with_name("plain"))
+    report = run(plain, tree.root)
+    found = {path.relative_to(tree.root).as_posix(): reason for path, reason in explain(plain, [tree.root])}
+    assert found == expected
+    assert report.unmapped == {"CT/abd/Normal": 1, "CT/abd/tumour": 1, "MR/abd/normal": 1, "US/normal-variant": 1}
+    assert run(plain, tree.root).unmapped == report.unmapped
+
+
+def test_the_order_of_the_walk_does_not_matter_for_labels_and_split(tree: Tree, tmp_path: Path, home: Home) -> None:
+    """The test copy first, the training copy first: the image stands in the test split with both labels."""
+    for name, first in (("a", "CT/abd/ascites"), ("b", "CT/abd/urolithiasis")):
+        other = {"CT/abd/ascites": "CT/abd/urolithiasis", "CT/abd/urolithiasis": "CT/abd/ascites"}[first]
+        twin = Tree(tmp_path / name)
+        twin.put(f"{first}/x.png", png(scan(5)), split="test")
+        twin.put(f"{other}/x.png", png(scan(5)), split="train")
+        twin.put("CT/abd/normal/y.png", png(scan(6)), split="train")
+        each = Home(tmp_path / f"home-{name}")
+        report = run(each, twin.root, csv=twin.write_lists())
+        assert report.refused == {"duplicate-pixels": 1}
+        assert report.labels == {"CT_abd_ascites": 1, "CT_abd_normal": 1, "CT_abd_urolithiasis": 1}
+        assert rows(each, "SELECT split, count(*) FROM images GROUP BY 1 ORDER BY 1") == [("test", 1), ("train", 1)]
+
+
+def test_what_lists_and_disk_do_not_share_is_counted(tree: Tree, home: Home) -> None:
+    unlisted = tree.put("CT/abd/normal/unlisted.png", png(scan(9)), split=None)
+    tree.put("CT/abd/normal/says-lesion.png", png(scan(10)), label="abd-liver_lesion")
+    tree.put("CT/abd/strange/known-by-list.png", png(scan(11)), label="abd-gallstone")
+    tree.put("CT/abd/normal/twice.png", png(scan(12)), split="train")
+    tree.rows += [
+        ("radiology_ai/CT/abd/normal/twice.png", "abd-normal", "val"),
+        ("radiology_ai/CT/abd/normal/gone.png", "abd-normal", "train"),
+        ("radiology_ai/CT/abd/normal/gone.png", "abd-normal", "test"),
+        ("/radiology_ai/CT/abd/normal/abd000000.png", "abd-normal", "test"),
+        ("../radiology_ai/CT/abd/normal/abd000000.png", "abd-normal", "test"),
+        ("radiology_ai/CT/abd/normal/a,b.png", "abd-normal", "val"),
+    ]
+    report = run(home, tree.root, csv=tree.write_lists())
+    assert report.facts == {"several_labels": 0, "several_splits": 0, "missing": 1, "bad_rows": 3}
+    assert report.refused == {"label-conflict": 1, "unlisted": 1}
+    assert ("unlisted", unlisted) in {(reason, path) for path, reason in explain(home, [tree.root])}
+    assert report.labels["CT_abd_gallstone"] == 1
+    assert report.accepted == len(tree.labels) + 2
+    (split,) = rows(
+        home, "SELECT split FROM images WHERE digest IN (SELECT digest FROM images WHERE rows = 224) ORDER BY 1"
+    )[-1]
+    assert split == "val"  # twice.png: val before train
+
+
+def test_pictures_keep_their_shape_and_grey_values(home: Home, tmp_path: Path) -> None:
+    tree = Tree(tmp_path / "data")
+    square, wide = scan(1, 256, 256), scan(2, 64, 128)
+    tree.put("CT/abd/normal/a.png", png(square))
+    tree.put("CT/abd/normal/b.png", png(wide))
+    run(home, tree.root)
+    (shard,) = map_shards(home.cache, slots=2)
+    np.testing.assert_array_equal(shard[0], square)
+    assert shard[1, 64:192].any()
+    assert not shard[1, :64].any()
+    assert not shard[1, 192:].any()
+
+
+# no patients
+
+
+def test_nobody_can_take_images_for_patients(tree: Tree, home: Home) -> None:
+    tree.write_lists()
+    report = run(home, tree.root, csv=tree.lists)
+    plain = json.loads(json.dumps(report.as_json()))
+    assert plain["patients"] == "unknown"
+    assert plain["warning"] == PATIENTS_WARNING
+    facts = status(home)["catalog"]
+    assert facts["patients"] == "unknown"
+    assert facts["warning"] == PATIENTS_WARNING
+    data = TrainingData.open(home, labels=range(165), split="train")
+    assert data.n_images == len(set(data.patient.tolist())) > 1
+    assert not data.patients_known
+    assert data.n_patients == 1  # what policy.min-patients is compared with
+    assert TrainingData.open(home, labels=[], split="train").n_patients == 0
+
+
+def test_a_home_has_one_layout(tree: Tree, home: Home) -> None:
+    run(home, tree.root)
+    with pytest.raises(StateError, match="another layout"):
+        ingest(home, site="siteA", roots=[tree.root])
+    other = Home(home.root.with_name("other"))
+    ingest(other, site="siteA", roots=[tree.root], workers=1)
+    with sqlite3.connect(other.catalog) as db:
+        db.execute("DELETE FROM meta WHERE key IN ('layout', 'patients')")  # as an earlier release left it
+    db.close()
+    with pytest.raises(StateError, match="another layout"):
+        run(other, tree.root)
+    assert status(other)["catalog"]["patients"] == 0
+
+
+# bad arguments
+
+
+def test_wrong_arguments_touch_nothing(tree: Tree, home: Home, tmp_path: Path) -> None:
+    (train, *_) = tree.write_lists()
+    odd = tmp_path / "odd_train.csv"
+    odd.write_text("path;label\n")
+    binary = tmp_path / "binary_val.csv"
+    binary.write_bytes(b"\xff\xfe\x00filename")
+    unnamed = tmp_path / "list.csv"
+    unnamed.write_bytes(train.read_bytes())
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[list[Path], dict[str, Any], str]] = [
+        ([tree.root, tmp_path / "empty"], {}, "one root"),
+        ([tmp_path / "empty"], {}, "none of CT, MR and US"),
+        ([tree.root / "CT"], {}, "none of CT, MR and US"),
+        ([tree.root], {"csv": [odd]}, "columns are path;label"),
+        ([tree.root], {"csv": [binary]}, "not UTF-8"),
+        ([tree.root], {"csv": [unnamed]}, "which split"),
+        ([tree.root], {"csv": [tmp_path / "no_train.csv"]}, "cannot be read"),
+        ([tree.root], {"labels": train}, "labels from folders"),
+    ]
+    for roots, options, words in cases:
+        with pytest.raises(ConfigError, match=words):
+            ingest(home, site="siteA", roots=roots, layout="radimagenet", **options)
+    with pytest.raises(ConfigError, match="belongs to layout"):
+        ingest(home, site="siteA", roots=[tree.root], csv=[train])
+    with pytest.raises(ConfigError, match="not known"):
+        ingest(home, site="siteA", roots=[tree.root], layout="nifti")
+    assert not home.root.exists()
+
+
+# again, changed, killed
+
+
+def test_a_second_run_decodes_nothing_and_says_the_same(tree: Tree, home: Home) -> None:
+    add_traps(tree)
+    tree.write_lists()
+    first, before = run(home, tree.root, csv=tree.lists), state(home)
+    for path in tree.root.rglob("*.png"):
+        if path.is_file() and not path.is_symlink():
+            stamp = path.stat()
+            path.write_bytes(b"x" * stamp.st_size)  # whoever decodes it again will say so
+            os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    second = run(home, tree.root, csv=tree.lists)
+    assert second.decoded == 0
+    keys = first.as_json().keys() - {"seconds", "decoded"}
+    assert {key: second.as_json()[key] for key in keys} == {key: first.as_json()[key] for key in keys}
+    assert state(home) == before
+
+
+def test_other_lists_give_other_words_without_decoding(tree: Tree, home: Home) -> None:
+    add_traps(tree)
+    run(home, tree.root, csv=tree.write_lists())
+    for path in tree.root.rglob("*0000*.png"):
+        stamp = path.stat()
+        path.write_bytes(b"x" * stamp.st_size)
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    tree.rows = [(name, label, "val") for name, label, _ in tree.rows if "same-bytes" not in name]
+    report = run(home, tree.root, csv=tree.write_lists())
+    assert report.decoded == 0
+    assert report.accepted == len(tree.labels) + 1
+    assert report.facts["several_labels"] == 0  # the list no longer names the copy under the other class
+    assert rows(home, "SELECT DISTINCT split FROM images") == [("val",)]
+
+
+def test_a_copy_takes_over_when_its_owner_goes(home: Home, tmp_path: Path) -> None:
+    tree = Tree(tmp_path / "data")
+    for name in ("CT/abd/ascites/x.png", "CT/abd/normal/x.png"):
+        tree.put(name, png(scan(5)))
+    tree.put("CT/abd/normal/y.png", png(scan(6)))
+    assert run(home, tree.root).labels == {"CT_abd_ascites": 1, "CT_abd_normal": 2}
+    slots = rows(home, "SELECT slot FROM images ORDER BY 1")
+    (tree.root / "CT/abd/ascites/x.png").unlink()  # somebody decided that it shows no ascites
+    report = run(home, tree.root)
+    assert (report.files, report.accepted, report.decoded, report.refused) == (2, 2, 0, {})
+    assert report.labels == {"CT_abd_normal": 2}
+    assert rows(home, "SELECT slot FROM images ORDER BY 1") == slots
+    tree.put("CT/abd/normal/x.png", png(scan(7)))  # the owner changes: old pixels go, new ones come
+    report = run(home, tree.root)
+    assert (report.accepted, report.decoded) == (2, 1)
+    assert rows(home, "SELECT count(*) FROM copies") == [(2,)]
+    os.utime(tree.root / "CT/abd/normal/x.png", ns=(1, 1))
+    report = run(home, tree.root)  # touched, not changed
+    assert (report.accepted, report.decoded) == (2, 0)
+
+
+def test_nothing_identifying_is_kept(tree: Tree, home: Home) -> None:
+    tree.put("CT/abd/normal/CANARY-NAME.png", png(scan(20)), label="abd-CANARY_LABEL")
+    tree.put("CT/abd/CANARY_FOLDER/x.png", png(scan(21)))
+    run(home, tree.root, csv=tree.write_lists())
+    for path in home.root.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            for word in (b"CANARY", b"radiology_ai", b"RadiologyAI", b"abd0000"):
+                assert word not in data, (path.name, word)
+
+
+_INGEST = (
+    "import sys; from pathlib import Path; from rin.client.home import Home;"
+    "from rin.client.ingest import pipeline, run; run.COMMIT_IMAGES = 5;"
+    "pipeline.ingest(Home(Path(sys.argv[1])), site='siteA', roots=[Path(sys.argv[2])], layout='radimagenet',"
+    " csv=[Path(each) for each in sys.argv[3:]], workers=1)"
+)
+
+
+def test_killed_at_any_moment_it_goes_on(home: Home, tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "data", images=10, side=64)
+    add_traps(tree)
+    lists = tree.write_lists()
+    calm = Home(tmp_path / "calm")
+    wanted = run(calm, tree.root, csv=lists)
+    home.pseudonym_key.parent.mkdir(parents=True)
+    home.pseudonym_key.write_bytes(calm.pseudonym_key.read_bytes())
+    dice = random.Random(3)
+    assert sum(_killed(home, tree, dice.uniform(0, 0.03)) for _ in range(3)) >= 1
+    report = run(home, tree.root, csv=lists)
+    assert (report.accepted, report.refused, report.labels) == (wanted.accepted, wanted.refused, wanted.labels)
+    assert report.decoded < report.accepted
+    assert state(home) == state(calm)
+    assert _split_by_pixels(home) == _split_by_pixels(calm)
+
+
+def _killed(home: Home, tree: Tree, delay: float) -> bool:
+    """Start an ingest and kill it `delay` seconds after it wrote something new; False if it was quicker."""
+    shard = home.cache / "shard-00000.u8"
+    size = shard.stat().st_size if shard.exists() else 0
+    command = [sys.executable, "-c", _INGEST, str(home.root), str(tree.root), *map(str, tree.lists)]
+    child = subprocess.Popen(command)
+    while child.poll() is None and (not shard.exists() or shard.stat().st_size <= size):
+        time.sleep(0.002)
+    time.sleep(delay)
+    child.kill()
+    return child.wait() != 0
+
+
+# as a user types it
+
+
+def test_the_command_says_it_loudly(tree: Tree, tmp_path: Path) -> None:
+    add_traps(tree)
+    tree.write_lists()
+    lists = [part for path in tree.lists for part in ("--csv", str(path))]
+    base = [sys.executable, "-m", "rin.client.cli", "ingest", "--site", "siteA", "--home", str(tmp_path / "home")]
+    base += ["--root", str(tree.root), "--layout", "radimagenet", *lists]
+    sheet = tmp_path / "sheet.png"
+    done = subprocess.run([*base, "--contact-sheet", str(sheet)], capture_output=True, text=True, check=True)
+    assert done.stderr.count(f"WARNING: {PATIENTS_WARNING}") == 2  # before the work and after it
+    assert "rows of the lists that name no file of the layout" in done.stdout
+    assert "US_usabd_gb" in done.stdout
+    assert sheet.stat().st_size > 10_000
+    again = subprocess.run([*base, "--json"], capture_output=True, text=True, check=True)
+    told = json.loads(again.stdout)
+    assert (told["decoded"], told["patients"], told["accepted"]) == (0, "unknown", len(tree.labels) + 1)
+    shown = subprocess.run([*base, "--explain"], capture_output=True, text=True, check=True).stdout
+    assert f"too-large\t{tree.root}/CT/abd/normal/bomb.png" in shown
+    said = subprocess.run(
+        [sys.executable, "-m", "rin.client.cli", "status", "--home", str(tmp_path / "home")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert PATIENTS_WARNING in said
+    assert next(iter(CLASSES)) not in said
