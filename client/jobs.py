@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -43,7 +44,10 @@ class Stored(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """`vault/jobs/`: `rounds.json` and one directory a request: `base`, `update.safetensors`, `update.json`."""
+    """`vault/jobs/`: `rounds.json` and one directory a request.
+
+    It holds `update.safetensors` and `update.json`; before that `base` and what `rin.client.training` keeps on the way.
+    """
 
     home: Home
 
@@ -60,10 +64,6 @@ class Jobs:
 
     def update(self, request: Request) -> Path:
         return self.folder(request) / "update.safetensors"
-
-    def snapshot(self, request: Request) -> Path:
-        """Where training is kept on the way, see `rin.common.snapshots`."""
-        return self.folder(request) / "snapshot.safetensors"
 
     def admit(self, request: Request, *, max_rounds: int) -> None:
         """Note that `request` is going to be trained; durable before training begins (threat T9).
@@ -101,8 +101,9 @@ class Jobs:
     def store(self, request: Request, facts: Stored) -> None:
         """Remember the finished update; its file is in place; what only training needed goes."""
         write_json(self.folder(request) / "update.json", facts.model_dump(mode="json"), mode=0o600)
-        self.base(request).unlink(missing_ok=True)
-        self.snapshot(request).unlink(missing_ok=True)
+        for path in self.folder(request).iterdir():
+            if not path.name.startswith("update."):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def prune(self, request: Request) -> None:
         """Delete what belongs neither to `request`'s round nor to the round before it, in vault and outbox."""
@@ -121,13 +122,16 @@ class Jobs:
                 path.unlink(missing_ok=True)
 
 
-def take_in(inbox: Path, name: str, target: Path, layout: Layout) -> None:
+def take_in(
+    inbox: Path, name: str, target: Path, layout: Layout, *, between: Callable[[], None] = lambda: None
+) -> None:
     """Copy the weight file `name` of `inbox` to `target`, checking it on the way (threat T16).
 
     The bytes that are checked are the bytes that are written: whoever owns the inbox may change its file afterwards.
 
     Args:
         name: hex SHA-256 that the tensor bytes must have.
+        between: called between two blocks; what it raises ends the copying.
 
     Raises:
         RefusedError: bad-weights.
@@ -140,6 +144,7 @@ def take_in(inbox: Path, name: str, target: Path, layout: Layout) -> None:
         copy.write(header)
         left = layout.data_bytes
         while left and (block := source.read(min(BLOCK, left))):
+            between()
             sha.update(block)
             copy.write(block)
             left -= len(block)

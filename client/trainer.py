@@ -9,12 +9,12 @@ import contextlib
 import errno
 import hashlib
 import logging
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +23,7 @@ from rin.client import policy
 from rin.client.home import Home
 from rin.client.jobs import Jobs, Stored, put_out, take_in
 from rin.client.site import Site, read_site
+from rin.client.training import check, limit_memory, local_steps, release_memory
 from rin.common import egress, keys
 from rin.common.errors import RefusedError, RinError
 from rin.common.events import Events
@@ -33,12 +34,8 @@ from rin.common.plan import PROTOCOL, Plan
 from rin.common.wire import Manifest, Request, lock_digest
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from rin.client.data import TrainingData
     from rin.common.backbones import Network
-    from rin.common.fit import FitResult
 
 log = logging.getLogger(__name__)
 
@@ -158,11 +155,25 @@ class Trainer:
         network, layout = self._network(request.plan, plan)
         base, update = self.jobs.base(request), self.jobs.update(request)
         self._room_for(2 * layout.file_bytes, site)
-        take_in(self.home.inbox, request.base, base, layout)
+        wanted = partial(check, cancelled)  # whether anybody still wants the work
+        take_in(self.home.inbox, request.base, base, layout, between=wanted)
         weights.read_into(network, base, layout)
+        wanted()
+        limit_memory(site)
         scores = measure(self.home, network, plan, site, cancelled)  # of the weights that came, before they are trained
-        result = self._fit(network, request, plan, site, images, progress, cancelled)
-        weights.write_update(update, network, base, layout)
+        result = local_steps(
+            network,
+            images,
+            plan,
+            site,
+            round=request.round,
+            folder=self.jobs.folder(request),
+            name=request.id,
+            progress=_Watch(self, request.round, plan.training.batch_size, progress).step,
+            cancelled=cancelled,
+        )
+        weights.write_update(update, network, base, layout, between=wanted)
+        wanted()
         facts = egress.check_update(update, layout, max_norm=NORM_SLACK * plan.limits.max_update_norm)
         stored = Stored(
             run=request.run,
@@ -187,46 +198,6 @@ class Trainer:
             network = backbones.build(plan.model)
             self._warm = (digest, network, weights.layout_of(network))
         return self._warm[1], self._warm[2]
-
-    def _fit(
-        self,
-        network: Network,
-        request: Request,
-        plan: Plan,
-        site: Site,
-        images: TrainingData,
-        progress: Callable[[Progress], None],
-        cancelled: Callable[[], str],
-    ) -> FitResult:
-        from rin.common import fit
-        from rin.common.snapshots import Snapshots
-
-        device, watch = fit.pick_device(site.device.name), _Watch(self, request.round, plan.training.batch_size)
-        _limit_memory(device.type, site.device.memory_gib)
-
-        def report(step: int, steps: int) -> None:
-            progress(Progress(step, steps))
-            watch.step(step, steps)
-
-        try:
-            return fit.fit_round(
-                network,
-                _Batches(images),
-                plan,
-                rows=site.labels.rows(),
-                exhaustive_rows=site.labels.exhaustive_rows(),
-                round=request.round,
-                site=request.site,
-                device=device,
-                threads=site.device.threads,
-                progress=report,
-                cancelled=lambda: bool(cancelled()),
-                snapshots=Snapshots(self.jobs.snapshot(request), request.id),
-            )
-        except RefusedError as error:
-            if error.code == "cancelled":
-                raise RefusedError(cancelled() or error.code) from None
-            raise
 
     def _publish(self, request: Request, site: Site, stored: Stored) -> Done:
         """Sign the manifest and put both into the outbox; the egress log is written first."""
@@ -283,6 +254,9 @@ class Trainer:
             yield
         except Exception as error:  # the edge of a job: a code leaves, the rest stays here
             refusal = refusal_of(error)
+            if refusal.code in ("memory", "device"):
+                self._warm = None
+                release_memory(error)
             if refusal.code == "internal":
                 log.error("round %d failed", request.round, exc_info=error)
             self.show(
@@ -298,49 +272,26 @@ class Trainer:
             write_json(self.home.root / "vault" / "status.json", {"time": now, **fields}, mode=0o600)
 
 
-@dataclass(frozen=True, slots=True)
-class _Batches:
-    """The site's training images as the training loop reads them, see `rin.common.batches.Data`."""
-
-    images: TrainingData
-
-    def __len__(self) -> int:
-        return self.images.n_images
-
-    def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        return self.images.images(index), self.images.targets(index) > 0
-
-
 class _Watch:
-    """Writes down now and then how far a round is."""
+    """Passes on how far a round is, and writes it down now and then."""
 
-    def __init__(self, trainer: Trainer, round: int, batch_size: int) -> None:
-        self._trainer, self._round, self._batch_size = trainer, round, batch_size
+    def __init__(self, trainer: Trainer, round: int, batch_size: int, progress: Callable[[Progress], None]) -> None:
+        self._trainer, self._round, self._batch_size, self._progress = trainer, round, batch_size, progress
         self._began = self._shown = self._logged = time.monotonic()
+        self._first = -1  # steps that were done when this watch saw one; an interrupted round does not begin at 0
 
     def step(self, step: int, steps: int) -> None:
+        self._progress(Progress(step, steps))
         now = time.monotonic()
+        if self._first < 0:
+            self._first, self._began = step, now
         if now - self._shown >= STATUS_EVERY:
             self._shown = now
-            speed = round(step * self._batch_size / (now - self._began), 1)
+            speed = round((step - self._first) * self._batch_size / max(now - self._began, 1e-3), 1)
             self._trainer.show(state="training", round=self._round, step=step, steps=steps, images_per_s=speed)
         if now - self._logged >= EVENT_EVERY:
             self._logged = now
             self._trainer.events.add("training", round=self._round, step=step, steps=steps)
-
-
-def _limit_memory(device: str, gib: float | None) -> None:
-    """Keep this process below `gib`: its data on a CPU, its share of a GPU."""
-    if gib is None:
-        return
-    if device == "cpu":
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), hard))
-    else:
-        import torch
-
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
 def refusal_of(error: BaseException) -> RefusedError:
@@ -355,6 +306,8 @@ def refusal_of(error: BaseException) -> RefusedError:
     allocator = isinstance(error, RuntimeError) and "allocate memory" in str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or allocator:
         return RefusedError("memory", step="lower batch-size in the plan, or raise device.memory-gib")
+    if type(error).__name__ == "AcceleratorError":
+        return RefusedError("device", step="look at the GPU with nvidia-smi; the coordinator asks again")
     return RefusedError("internal", step="look into vault/log/trainer.jsonl")
 
 

@@ -62,11 +62,15 @@ class Held:
 
 
 class Snapshots:
-    """One file that is replaced now and then. `name` says whose it is: a file of another name is not taken up."""
+    """One file that is replaced now and then. `name` says whose it is: a file of another name is not taken up.
 
-    def __init__(self, path: Path, name: str, *, every: float = EVERY) -> None:
-        self._path, self._name, self._every = path, name, every
-        self._next = time.monotonic() + every
+    Args:
+        every: seconds between two snapshots, `EVERY` if None; 0 writes one after each step, whatever that costs.
+    """
+
+    def __init__(self, path: Path, name: str, *, every: float | None = None) -> None:
+        self._path, self._name, self._every = path, name, EVERY if every is None else every
+        self._next = time.monotonic() + self._every
 
     def resume(self, held: Held) -> int:
         """Bring `held` to the last snapshot and return its step; without a usable one, 0 and nothing changed."""
@@ -88,7 +92,7 @@ class Snapshots:
         with contextlib.suppress(OSError):
             write_state(self._path, held.tensors(), {"name": self._name, "step": step})
         done = time.monotonic()
-        self._next = done + max(self._every, (done - begun) / SHARE)
+        self._next = done + max(self._every, (done - begun) / SHARE) if self._every else 0.0
 
     def remove(self) -> None:
         """The stretch is over."""

@@ -8,7 +8,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -49,17 +49,26 @@ def save(path: Path, module: nn.Module, layout: Layout, *, facts: dict[str, Any]
     return write_tensors(path, layout, (_host(state[tensor.name]) for tensor in layout.tensors), facts=facts)
 
 
-def write_update(path: Path, module: nn.Module, base: Path, layout: Layout) -> str:
+def write_update(
+    path: Path, module: nn.Module, base: Path, layout: Layout, *, between: Callable[[], None] = lambda: None
+) -> str:
     """Write local minus global to `path`, atomically; `base` is the weight file that training started from.
+
+    Args:
+        between: called before each tensor; what it raises ends the work, and nothing is written.
 
     Returns:
         Hex SHA-256 of the tensor bytes.
     """
     state = module.state_dict()
+
+    def differences(file: Any) -> Iterator[npt.NDArray[np.float32]]:
+        for tensor in layout.tensors:
+            between()
+            yield _host(state[tensor.name]) - file.get_tensor(tensor.name).numpy()
+
     with _opened(base) as file:
-        return write_tensors(
-            path, layout, (_host(state[t.name]) - file.get_tensor(t.name).numpy() for t in layout.tensors)
-        )
+        return write_tensors(path, layout, differences(file))
 
 
 def write_tensors(

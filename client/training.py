@@ -1,0 +1,105 @@
+"""A site's local steps of one round, on the site's device and within its limits."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rin.client.data import TrainingData
+from rin.client.site import Site
+from rin.common.errors import RefusedError
+from rin.common.plan import Plan
+
+if TYPE_CHECKING:
+    from rin.common.backbones import Network
+    from rin.common.fit import FitResult
+
+SNAPSHOT = "snapshot.safetensors"  # its name in the folder of a round
+
+
+def local_steps(
+    network: Network,
+    images: TrainingData,
+    plan: Plan,
+    site: Site,
+    *,
+    round: int,
+    folder: Path,
+    name: str,
+    progress: Callable[[int, int], None],
+    cancelled: Callable[[], str],
+) -> FitResult:
+    """Train `network`, which holds the weights that the round starts from, in place.
+
+    Args:
+        folder: where a snapshot is kept on the way; an interrupted round goes on from there, to the same bits.
+        name: what the round's snapshot is known by; one of another name is not taken up.
+        progress: called after each step with steps done and all steps.
+        cancelled: asked before each step; a code ends the work.
+
+    Raises:
+        RefusedError: that code, no-data, not-finite, memory or device.
+    """
+    from rin.common import fit
+    from rin.common.snapshots import Snapshots
+
+    try:
+        return fit.fit_round(
+            network,
+            images,
+            plan,
+            rows=site.labels.rows(),
+            exhaustive_rows=site.labels.exhaustive_rows(),
+            round=round,
+            site=site.site,
+            device=fit.pick_device(site.device.name),
+            threads=site.device.threads,
+            progress=progress,
+            cancelled=lambda: bool(cancelled()),
+            snapshots=Snapshots(folder / SNAPSHOT, name),
+        )
+    except RefusedError as error:
+        if error.code == "cancelled":
+            raise RefusedError(cancelled() or error.code) from None
+        raise
+
+
+def check(cancelled: Callable[[], str]) -> None:
+    """End the work here if somebody wants it.
+
+    Raises:
+        RefusedError: with the code that `cancelled` gives.
+    """
+    if code := cancelled():
+        raise RefusedError(code)
+
+
+def limit_memory(site: Site) -> None:
+    """Keep this process below `device.memory-gib`: its data on a CPU, its share of a GPU. None lifts the last limit."""
+    import torch
+
+    from rin.common.fit import pick_device
+
+    device, gib = pick_device(site.device.name), site.device.memory_gib
+    if device.type == "cpu":
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard if gib is None else int(gib * 2**30), hard))
+    else:
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = 1.0 if gib is None else min(1.0, gib * 2**30 / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def release_memory(error: BaseException) -> None:
+    """Give back what the round that ended with `error` holds: its frames, what hangs together in cycles, GPU memory."""
+    import gc
+    import traceback
+
+    import torch
+
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
