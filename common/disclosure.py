@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rin.common.scores import MAX_CELLS, SMALLEST_CELL, GroupScores, groups
+from rin.common.scores import MAX_CELLS, SMALLEST_CELL, Few, GroupScores, groups
 
 Index = npt.NDArray[np.int64]  # places of images, ascending
 
@@ -84,26 +84,51 @@ class _Group:
         place = self.outcomes.place[self.members]
         hit, near, far = self.members[place == 0], self.members[(place > 0) & (place < 5)], self.members[place >= 5]
         facts: dict[str, Any] = {"images": len(self.members), **self._ranks(hit, near, far)}
-        if "top1" in facts:
-            facts["hits"] = _sizes(self._parts(hit, self.truth, self.own))
-            misses = self._parts(np.union1d(near, far), self.truth, self.own)
-            facts["misses"] = _sizes(misses)
-            facts["cells"] = tuple(self._cells(misses)) if confusion else ()
+        positives = self._parts(self.members, self.truth, self.own)
+        facts["positives"] = _sizes(positives)
+        if isinstance(facts["top1"], int):
+            hits = self._hits(hit, positives)
+            facts["hits"] = _sizes(hits)
+            if confusion:
+                misses = {row: np.setdiff1d(positives[row], part) for row, part in hits.items()}
+                facts["cells"] = tuple(self._cells(misses))
         return facts
 
-    def _ranks(self, hit: Index, near: Index, far: Index) -> dict[str, int]:
-        """Top-1 and top-5 where what they part is enough; of up to five rows all are within five."""
+    def _ranks(self, hit: Index, near: Index, far: Index) -> dict[str, int | Few | None]:
+        """Top-1 and top-5; of up to five declared rows all images are within five, and of one all are hits."""
         images, rows = len(self.members), len(self.outcomes.rows)
         if rows == 1:
             return {"top1": images, "top5": images}
-        first = self.enough(hit) and self.enough(np.union1d(near, far))
+        top1 = self._size(hit)
         if rows <= 5:
-            return {"top1": len(hit), "top5": images} if first else {"top5": images}
-        if first and self.enough(near) and self.enough(far):
-            return {"top1": len(hit), "top5": images - len(far)}
-        if first:
-            return {"top1": len(hit)}
-        return {"top5": images - len(far)} if self.enough(np.union1d(hit, near)) and self.enough(far) else {}
+            return {"top1": top1, "top5": images}
+        top5 = self._size(np.union1d(hit, near))
+        if isinstance(top1, int) and isinstance(top5, int) and not self.enough(near):
+            top5 = None
+        return {"top1": top1, "top5": top5}
+
+    def _size(self, part: Index) -> int | Few | None:
+        """How many of the group's images `part` are, in words where it or the rest is a small cell."""
+        enough, rest = self.enough(part), self.enough(np.setdiff1d(self.members, part))
+        if enough and rest:
+            return len(part)
+        return "most" if enough else "few" if rest else None
+
+    def _hits(self, hit: Index, positives: Mapping[int, Index]) -> dict[int, Index]:
+        """The hits that may be sent beside `positives` and their total; misses follow, so both must be enough."""
+        hits = {row: np.intersect1d(part, hit) for row, part in positives.items()}
+        kept = {row: part for row, part in hits.items() if self._parted(positives[row], part)}
+        largest_first = sorted(kept, key=lambda row: (-len(positives[row]), row))
+        while kept and len(kept) < len(self.own):
+            sent = np.concatenate([positives[row] for row in kept])
+            if self._parted(np.setdiff1d(self.members, sent), np.setdiff1d(hit, sent)):
+                break
+            del kept[largest_first.pop()]
+        return kept
+
+    def _parted(self, images: Index, part: Index) -> bool:
+        """Whether both `part` and the rest of `images` are enough."""
+        return self.enough(part) and self.enough(np.setdiff1d(images, part))
 
     def _cells(self, misses: Mapping[int, Index]) -> Iterable[tuple[int, int, int]]:
         for true, missed in misses.items():

@@ -32,6 +32,7 @@ KINDS: Final[dict[str, tuple[str, ...]]] = {
     "sites-awaited": ("round", "sites"),  # by name, every now and then
     "receipt": ("round", "site"),
     "site-failed": ("round", "site", "code"),
+    "scores-ignored": ("round", "site", "reason"),  # a site's validation figures; its update counts
     "round-closed": ("round", "seconds"),
     "round-failed": ("round", "reason"),
     "rounds-stopped": ("reason", "step"),  # an error that no repetition cures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,7 @@ DIGITS: Final = 4  # significant digits of a figure that leaves
 _MOST: Final = 1_000_000_000
 
 Count = Annotated[int, Field(ge=SMALLEST_CELL, le=_MOST)]
+Few = Literal["few", "most"]  # fewer than `SMALLEST_CELL` patients; all but fewer than that
 Row = Annotated[int, Field(ge=0, lt=4096)]
 Rows = Annotated[tuple[tuple[Row, Count], ...], Field(max_length=4096)]
 
@@ -27,9 +28,11 @@ class GroupScores(BaseModel):
 
     Attributes:
         images: held-out images with a declared label of the group.
-        top1, top5: those with one of their labels first, and among the first five, of the declared rows.
-        hits, misses: (true row, images), rows ascending.
-        cells: (true row, predicted row, images) of misses, ascending.
+        top1, top5: those with one of their labels first, and among the first five, of the declared rows; in words
+            where they, or the others, are a small cell.
+        positives: (true row, images), rows ascending.
+        hits: the same of the hits, of some of those rows; what is left of the positives are the misses.
+        cells: (true row, predicted row, images) of misses in the rows of `hits`, ascending.
         auc: (row, area under the ROC curve within the group).
     """
 
@@ -38,10 +41,10 @@ class GroupScores(BaseModel):
     modality: Annotated[str, Field(pattern=r"^[A-Za-z]{1,16}$")]
     anatomy: Annotated[str, Field(pattern=r"^[A-Za-z]{1,16}$")]
     images: Count
-    top1: Count | None = None
-    top5: Count | None = None
+    top1: Count | Few | None = None
+    top5: Count | Few | None = None
+    positives: Rows = ()
     hits: Rows = ()
-    misses: Rows = ()
     cells: Annotated[tuple[tuple[Row, Row, Count], ...], Field(max_length=MAX_CELLS)] = ()
     auc: Annotated[tuple[tuple[Row, Annotated[float, Field(ge=0, le=1)]], ...], Field(max_length=4096)] = ()
 
@@ -58,10 +61,10 @@ class GroupScores(BaseModel):
         return self.model_copy(
             update={
                 "images": significant(self.images),
-                "top1": significant(self.top1) if self.top1 else None,
-                "top5": significant(self.top5) if self.top5 else None,
+                "top1": significant(self.top1) if isinstance(self.top1, int) else self.top1,
+                "top5": significant(self.top5) if isinstance(self.top5, int) else self.top5,
+                "positives": short(self.positives),
                 "hits": short(self.hits),
-                "misses": short(self.misses),
                 "cells": tuple((true, predicted, significant(count)) for true, predicted, count in self.cells),
                 "auc": tuple((row, float(f"{area:.{DIGITS}g}")) for row, area in self.auc),
             }
@@ -103,7 +106,7 @@ def fault(scores: Sequence[GroupScores], declared: Iterable[int]) -> str:
 
 
 def _named(each: GroupScores, own: set[int], rows: set[int]) -> bool:
-    columns = [[row for row, _ in part] for part in (each.hits, each.misses, each.auc)]
+    columns = [[row for row, _ in part] for part in (each.positives, each.hits, each.auc)]
     places = [(true, predicted) for true, predicted, _ in each.cells]
     ascending = all(column == sorted(set(column)) for column in columns) and places == sorted(set(places))
     known = all(own.issuperset(column) for column in columns)
@@ -113,16 +116,18 @@ def _named(each: GroupScores, own: set[int], rows: set[int]) -> bool:
 
 def _adds_up(each: GroupScores) -> bool:
     slack = 2 * 10.0 ** (1 - DIGITS) * each.images if each.images >= 10**DIGITS else 0.0
-    if each.top1 is None and (each.hits or each.misses):
-        return False
-    top1 = each.top1 or 0
-    misses = dict(each.misses)
-    if any(true not in misses for true, _, _ in each.cells):
-        return False
-    kept = {true: sum(count for row, _, count in each.cells if row == true) for true in misses}
+    positives, hits = dict(each.positives), dict(each.hits)
+    top1 = each.top1 if isinstance(each.top1, int) else 0
+    top5 = each.top5 if isinstance(each.top5, int) else each.images
+    misses = {row: positives.get(row, 0) - count for row, count in hits.items()}
+    left = dict(misses)
+    for true, _, count in each.cells:
+        left[true] = left.get(true, -count) - count
     return (
-        top1 <= (each.top5 or each.images) <= each.images
-        and sum(count for _, count in each.hits) <= top1 + slack
+        top1 <= top5 <= each.images
+        and sum(positives.values()) <= each.images + slack
+        and sum(hits.values()) <= top1 + slack
         and sum(misses.values()) <= each.images - top1 + slack
-        and all(kept[row] <= count + slack for row, count in misses.items())
+        and all(count >= 0 for count in misses.values())
+        and all(count >= -slack for count in left.values())
     )

@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rin.common.errors import StateError
 from rin.common.files import read_json, write_json
 from rin.common.plan import Digest, MetricName, SiteName
+from rin.common.scores import GroupScores
 from rin.common.wire import RoundNumber
 from rin.server.rundir import RunDir
+from rin.server.validation import Validation
 
 State = Literal["open", "frozen", "closed", "failed"]
 
@@ -35,6 +37,7 @@ class Counted(_Part):
     labels: tuple[int, ...]
     steps: int
     metrics: dict[MetricName, float]
+    scores: tuple[GroupScores, ...] = ()
     release: str
     lock: Digest
 
@@ -57,6 +60,7 @@ class Record(_Part):
         elapsed_s: how long the round has been open while a coordinator ran, of the plan's deadline.
         seconds: from opening to closing while a coordinator ran.
         weights: digest of the new global weights, once closed.
+        validation: what the weights of `base` came to on the held-out patients of the sites that count, once closed.
         reason: why the round failed.
     """
 
@@ -71,6 +75,7 @@ class Record(_Part):
     elapsed_s: float = 0.0
     seconds: float = 0.0
     weights: str = ""
+    validation: Validation | None = None
     reason: str = ""
 
     def with_(self, **changes: object) -> Record:

@@ -15,13 +15,15 @@ from rin.common.files import read_json
 from rin.common.labels import label_set
 from rin.common.layout import Layout
 from rin.common.plan import Plan, plan_digest, read_plan
-from rin.common.wire import Request
+from rin.common.scores import GroupScores, fault
+from rin.common.wire import Manifest, Request
 from rin.server import checkpoints, members, receipts, tickets
 from rin.server.aggregate import Contribution, clip_scale, frozen_rows, inspect, mean_update
 from rin.server.receipts import Receipt
 from rin.server.record import FOLLOWS, Counted, Failure, Record, last_record, read_record, write_record
 from rin.server.rundir import RunDir
 from rin.server.strategies import advance
+from rin.server.validation import Validation, summed
 
 log = logging.getLogger(__name__)
 
@@ -296,9 +298,19 @@ class _Loop:
             labels=labels,
             steps=manifest.steps,
             metrics={name: value for name, value in manifest.metrics.items() if name in self.plan.metrics},
+            scores=self.scores(manifest),
             release=manifest.release,
             lock=manifest.lock,
         )
+
+    def scores(self, manifest: Manifest) -> tuple[GroupScores, ...]:
+        """The validation figures that count; none of a site whose figures contradict each other."""
+        if "validation" not in self.plan.metrics:
+            return ()
+        reason = fault(manifest.scores, manifest.labels)
+        if reason:
+            self.events.add("scores-ignored", round=manifest.round, site=manifest.site, reason=reason)
+        return () if reason else manifest.scores
 
     def freeze(self, record: Record) -> Record:
         """The list of receipts is final, if there are enough of them."""
@@ -333,9 +345,14 @@ class _Loop:
         updates = {site: counted.update for site, counted in sorted(record.receipts.items())}
         facts = checkpoints.facts_of(self.plan, plan_digest=record.plan, round=record.round, updates=updates)
         weights = checkpoints.write_round(self.run, record.round, flat, self.layout, facts)
-        record = self.write(record.with_(state="closed", weights=weights))
+        record = self.write(record.with_(state="closed", weights=weights, validation=self.validation(record)))
         self.events.add("round-closed", round=record.round, seconds=round(record.seconds, 1))
         return record
+
+    def validation(self, record: Record) -> Validation | None:
+        counted = record.receipts
+        scores = {site: each.scores for site, each in counted.items()}
+        return summed(scores, {site: each.labels for site, each in counted.items()}, self.plan.sites)
 
     def contribution(self, record: Record, site: str) -> Contribution:
         """What counts of `site`, after a second look at the bytes that were frozen."""

@@ -49,6 +49,7 @@ LINES: Final[dict[str, str]] = {
     "sites-awaited": "round {round}: waiting for {sites}",
     "receipt": "round {round}: update of {site} received",
     "site-failed": "round {round}: {site} failed with {code}",
+    "scores-ignored": "round {round}: validation figures of {site} are ignored: {reason}",
     "round-closed": "round {round}: closed after {seconds:.0f} s",
     "round-failed": "round {round}: failed: {reason}",
     "rounds-stopped": "{reason}; next: {step}",

@@ -51,8 +51,8 @@ def sums(group: GroupScores, kinds: list[Cell]) -> tuple[np.ndarray, np.ndarray]
     """What is sent, as equations over the numbers of images of each kind."""
     rows, values = [], []
 
-    def add(value: int | None, chosen: Any) -> None:
-        if value is not None:
+    def add(value: int | str | None, chosen: Any) -> None:
+        if isinstance(value, int):
             rows.append([float(chosen(*kind)) for kind in kinds])
             values.append(float(value))
 
@@ -61,8 +61,8 @@ def sums(group: GroupScores, kinds: list[Cell]) -> tuple[np.ndarray, np.ndarray]
     add(group.top5, lambda t, p, k: k < 5)
     for row, count in group.hits:
         add(count, lambda t, p, k, row=row: t == row and k == 0)
-    for row, count in group.misses:
-        add(count, lambda t, p, k, row=row: t == row and k > 0)
+    for row, count in group.positives:
+        add(count, lambda t, p, k, row=row: t == row)
     for true, predicted, count in group.cells:
         add(count, lambda t, p, k, true=true, predicted=predicted: (t, p) == (true, predicted))
     return np.array(rows), np.array(values)
@@ -96,9 +96,8 @@ def cells_of(rows: tuple[int, ...], own: tuple[int, ...]) -> st.SearchStrategy[d
 @settings(max_examples=40, deadline=None)  # linear programs
 def test_no_small_cell_can_be_solved(rows: tuple[int, ...], own: tuple[int, ...], data: st.DataObject) -> None:
     cells = data.draw(cells_of(rows, own))
-    each = data.draw(st.integers(1, 2))
     kinds = list(atoms(rows, own))
-    images = outcomes(cells, rows, each=each)
+    images = outcomes(cells, rows)
     for group in published(images, {}, ALL):
         matrix, values = sums(group, kinds)
         truth = np.array([cells[kind] for kind in kinds], float)
@@ -108,7 +107,7 @@ def test_no_small_cell_can_be_solved(rows: tuple[int, ...], own: tuple[int, ...]
         for question in small:
             assert np.abs(question @ inverse @ matrix - question).max() > 1e-6, "it follows by adding and subtracting"
         for question in data.draw(st.permutations(small))[:8]:
-            least, most = _range(question, matrix, values)
+            least, most = _range(question, matrix, values, *bounds(group, kinds))
             assert most - least >= 1, "it follows because no count is negative"
 
 
@@ -124,11 +123,22 @@ def _kinds_of(images: Outcomes) -> list[Cell]:
     return list(zip(true.tolist(), images.predicted.tolist(), images.place.tolist(), strict=True))
 
 
-def _range(question: np.ndarray, matrix: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+def bounds(group: GroupScores, kinds: list[Cell]) -> tuple[np.ndarray, np.ndarray]:
+    """What follows from the words: sums that are at most nine, if every patient has one image."""
+    rows = [[0.0] * len(kinds)]
+    for word, chosen in ((group.top1, lambda k: k == 0), (group.top5, lambda k: k < 5)):
+        if isinstance(word, str):
+            rows.append([float(chosen(place) == (word == "few")) for _, _, place in kinds])
+    return np.array(rows), np.full(len(rows), 9.0)
+
+
+def _range(
+    question: np.ndarray, matrix: np.ndarray, values: np.ndarray, above: np.ndarray, most: np.ndarray
+) -> tuple[float, float]:
     """The least and the most that the set can hold, given what is sent and that no count is negative."""
     ends = []
     for sign in (1.0, -1.0):
-        found = linprog(sign * question, A_eq=matrix, b_eq=values)
+        found = linprog(sign * question, A_eq=matrix, b_eq=values, A_ub=above, b_ub=most)
         assert found.status == 0, found.message
         ends.append(sign * found.fun)
     return ends[0], ends[1]
@@ -143,8 +153,8 @@ def test_large_cells_are_all_sent() -> None:
         images=93,
         top1=70,
         top5=93,
+        positives=((a, 52), (b, 41)),
         hits=((a, 40), (b, 30)),
-        misses=((a, 12), (b, 11)),
         cells=((a, b, 12), (b, a, 11)),
     )
 
@@ -152,30 +162,27 @@ def test_large_cells_are_all_sent() -> None:
 def test_a_network_that_is_almost_always_right_says_only_how_many_images_there_are() -> None:
     a, b = THYROID
     group = one({(a, a, 0): 400, (a, b, 1): 4, (b, b, 0): 300, (b, a, 1): 5}, THYROID)
-    assert group.model_dump(exclude_defaults=True) == {
-        "modality": "US",
-        "anatomy": "usthyroid",
-        "images": 709,
-        "top5": 709,
-    }
-    assert one({(a, a, 0): 400, (b, b, 0): 300}, THYROID).top1 is None  # none is not told from few
+    assert (group.images, group.top1, group.top5) == (709, "most", 709)
+    assert (group.positives, group.hits, group.cells) == (((a, 404), (b, 305)), (), ())
+    assert one({(a, a, 0): 400, (b, b, 0): 300}, THYROID).top1 == "most"  # all but none is not told from all but few
+    assert one({(a, b, 1): 400, (b, b, 0): 1}, THYROID) == one({(a, b, 1): 401}, THYROID)
 
 
 def test_a_second_cell_is_withheld_beside_a_small_one() -> None:
     a, b, c = BRAIN[:3]
     cells = {(a, a, 0): 50, (a, b, 1): 20, (b, b, 0): 50, (b, c, 1): 12, (c, c, 0): 50, (c, a, 1): 3}
     group = one(cells, (a, b, c))
-    assert group.top1 == 150
-    assert group.hits == ((a, 50), (b, 50), (c, 50))
-    assert group.misses == ((a, 20),)  # 35 - 20 - 12 would be the three
+    assert (group.images, group.top1) == (185, 150)
+    assert group.positives == ((a, 70), (b, 62), (c, 53))
+    assert group.hits == ((a, 50),)  # with those of b, the three misses of c would follow
     assert group.cells == ()  # 20 of 20: that nobody was taken for c would follow
 
 
 def test_cells_are_counted_in_patients() -> None:
     a, b = THYROID
     cells = {(a, a, 0): 40, (a, b, 1): 18, (b, b, 0): 40, (b, a, 1): 30}
-    assert one(cells, THYROID, each=1).misses == ((a, 18), (b, 30))
-    assert one(cells, THYROID, each=2).misses == ()  # nine patients
+    assert one(cells, THYROID, each=1).hits == ((a, 40), (b, 40))
+    assert one(cells, THYROID, each=2).hits == ()  # nine patients
     assert published(outcomes(cells, THYROID, each=20), {}, ALL) == ()
 
 
@@ -183,7 +190,8 @@ def test_top5_without_top1_early_in_training() -> None:
     rows = BRAIN[:6]
     a, b = rows[:2]
     group = one({(a, a, 0): 4, (a, b, 2): 50, (a, b, 7): 50}, rows)
-    assert (group.images, group.top1, group.top5, group.hits, group.misses) == (104, None, 54, (), ())
+    assert (group.images, group.top1, group.top5, group.hits) == (104, "few", 54, ())
+    assert group.positives == ()  # that of 104 all are of one label would say that the others have none
 
 
 def test_an_image_of_two_labels_counts_once_in_its_group() -> None:
@@ -195,7 +203,7 @@ def test_an_image_of_two_labels_counts_once_in_its_group() -> None:
     images = Outcomes(labels, predicted, place, np.arange(30), (a, b, c))
     (group,) = published(images, {}, ALL)
     assert (group.images, group.top1) == (30, 15)
-    assert group.hits == () and group.misses == ()  # b has them all, so a and c have none
+    assert (group.positives, group.hits) == (((a, 15),), ())  # those of b go with those of c, of which there are none
 
 
 def test_only_what_both_sides_allow() -> None:
@@ -204,7 +212,7 @@ def test_only_what_both_sides_allow() -> None:
     areas = {a: 0.91234567, b: 0.5}
     assert published(images, areas, frozenset({"confusion", "auc"})) == ()
     (group,) = published(images, areas, frozenset({"validation"}))
-    assert group.cells == () and group.auc == () and group.misses
+    assert group.cells == () and group.auc == () and group.hits
     (group,) = published(images, areas, ALL)
     assert group.auc == ((a, 0.9123), (b, 0.5))
 
