@@ -36,7 +36,7 @@ class Stored(BaseModel):
     plan: Digest
     update: Digest
     norm: float
-    steps: Annotated[int, Field(gt=0)]
+    steps: Annotated[int, Field(ge=0)]
     labels: tuple[int, ...]
     metrics: dict[MetricName, float]
     scores: tuple[GroupScores, ...] = ()
@@ -65,11 +65,12 @@ class Jobs:
     def update(self, request: Request) -> Path:
         return self.folder(request) / "update.safetensors"
 
-    def admit(self, request: Request, *, max_rounds: int) -> None:
+    def admit(self, request: Request, *, max_rounds: int, trains: bool = True) -> None:
         """Note that `request` is going to be trained; durable before training begins (threat T9).
 
         Args:
             max_rounds: of one plan, over all its runs.
+            trains: False for a round that only measures, and so counts for nothing.
 
         Raises:
             RefusedError: round-old, base-conflict, or policy beyond `max_rounds`.
@@ -85,9 +86,9 @@ class Jobs:
             if request.base != row["base"]:
                 raise RefusedError("base-conflict")
             return
-        if sum(run["trained"] for run in runs.values()) >= max_rounds:
+        if trains and sum(run["trained"] for run in runs.values()) >= max_rounds:
             raise RefusedError("policy", f"policy.max-rounds: this plan was trained {max_rounds} times here")
-        runs[request.run] = {"round": request.round, "base": request.base, "trained": row["trained"] + 1}
+        runs[request.run] = {"round": request.round, "base": request.base, "trained": row["trained"] + trains}
         write_json(self._rounds, table, mode=0o600)
 
     def stored(self, request: Request) -> Stored | None:

@@ -27,10 +27,11 @@ from rin.client.training import check, limit_memory, local_steps, release_memory
 from rin.common import egress, keys
 from rin.common.errors import RefusedError, RinError
 from rin.common.events import Events
-from rin.common.files import write_json
+from rin.common.files import write_atomic, write_json
 from rin.common.labels import label_set_digest
-from rin.common.layout import Layout
+from rin.common.layout import NOTHING, Layout, file_digest
 from rin.common.plan import PROTOCOL, Plan
+from rin.common.scores import GroupScores
 from rin.common.wire import Manifest, Request, lock_digest
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Trainer:
         from rin.client.data import TrainingData
 
         site, plan = read_site(self.home), policy.open_plan(data, request.plan)
-        if request.site != site.site or request.round > plan.training.rounds:
+        if request.site != site.site or request.round > plan.last_round:
             raise RefusedError("bad-request", "the request is for another site, or for a round beyond the plan")
         split = "train" if site.archive.hold_out else None
         images = TrainingData.open(self.home, labels=site.labels.rows(), split=split)
@@ -127,7 +128,8 @@ class Trainer:
         if stored is None:
             if images.n_images == 0:
                 raise RefusedError("no-data")
-            self.jobs.admit(request, max_rounds=site.policy.max_rounds)
+            trains = request.round <= plan.training.rounds
+            self.jobs.admit(request, max_rounds=site.policy.max_rounds, trains=trains)
             self.jobs.prune(request)
             stored = self._work(request, plan, site, images, progress, cancelled)
         return self._publish(request, site, stored)
@@ -161,6 +163,8 @@ class Trainer:
         wanted()
         limit_memory(site)
         scores = measure(self.home, network, plan, site, cancelled)  # of the weights that came, before they are trained
+        if request.round > plan.training.rounds:
+            return self._figures_only(request, site, scores)
         result = local_steps(
             network,
             images,
@@ -184,6 +188,23 @@ class Trainer:
             steps=result.steps,
             labels=site.labels.rows(),
             metrics=egress.pass_metrics(result.metrics, policy.allowed_metrics(plan, site)),
+            scores=scores,
+        )
+        self.jobs.store(request, stored)
+        return stored
+
+    def _figures_only(self, request: Request, site: Site, scores: tuple[GroupScores, ...]) -> Stored:
+        """The answer of the closing round: an update without tensors."""
+        write_atomic(self.jobs.update(request), NOTHING.header())
+        stored = Stored(
+            run=request.run,
+            round=request.round,
+            plan=request.plan,
+            update=file_digest(self.jobs.update(request)),
+            norm=0.0,
+            steps=0,
+            labels=site.labels.rows(),
+            metrics={},
             scores=scores,
         )
         self.jobs.store(request, stored)

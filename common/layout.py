@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rin.common.errors import RefusedError
 from rin.common.files import BLOCK
@@ -91,6 +91,9 @@ class Layout:
                 sha.update(block)
         if sha.hexdigest() != digest:
             raise RefusedError("bad-weights")
+
+
+NOTHING: Final = Layout(())  # of an update of the closing round: figures come with no tensors
 
 
 def data_offset(first: bytes) -> int:

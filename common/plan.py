@@ -73,7 +73,7 @@ class Model(Table):
 class Training(Table):
     """One round at a site."""
 
-    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    rounds: Annotated[int, Field(ge=1, le=99_999)]
     local_steps: Annotated[int, Field(ge=1, le=1_000_000)]  # optimizer steps a site and round
     batch_size: Annotated[int, Field(ge=1, le=65_536)]
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -161,6 +161,12 @@ class Plan(Table):
         if {"confusion", "auc"} & set(self.metrics) and "validation" not in self.metrics:
             raise ValueError("metrics: confusion and auc come with validation only")
         return self
+
+    @property
+    def last_round(self) -> int:
+        """Number of the last round: of a closing one, if sites measure what the last training round has made."""
+        closing = "validation" in self.metrics and self.privacy.mode == "none"
+        return self.training.rounds + closing
 
 
 def parse_plan(data: bytes, *, name: str = "plan.toml") -> Plan:

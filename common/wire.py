@@ -79,7 +79,7 @@ class Manifest(_Wire):
     base: Digest
     request: Digest
     update: Digest  # of the update's tensor bytes
-    steps: Annotated[int, Field(gt=0)]  # optimizer steps taken; the plan's, never a count of patients
+    steps: Annotated[int, Field(ge=0)]  # optimizer steps: the plan's, never a count of patients; 0: closing, no tensors
     labels: Annotated[tuple[int, ...], Field(min_length=1, max_length=4096)]  # head rows that the site declares
     metrics: dict[MetricName, float]  # what the egress gate let through
     scores: Annotated[tuple[GroupScores, ...], Field(max_length=64)] = ()  # of the base's weights, on held-out images

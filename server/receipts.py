@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Final, Self
 from rin.common.errors import RefusedError, RinError, TransferError
 from rin.common.files import BLOCK, lock, publish, read_json, write_json
 from rin.common.keys import decode, encode, verify
-from rin.common.layout import Layout
+from rin.common.layout import NOTHING, Layout
 from rin.common.plan import SITE_NAME
 from rin.common.wire import MAX_MANIFEST, Manifest, Request, from_bytes
 from rin.server import members, tickets
@@ -104,7 +104,7 @@ class Receiver:
         self.grant = tickets.check(run, token)
         self.manifest = self._checked(manifest, signature)
         self.signature = signature
-        self.layout = read_layout(run)
+        self.layout = read_layout(run) if self.manifest.steps else NOTHING
         self.total = self.layout.file_bytes
         self._header = self.layout.header()
         name = f".{self.grant.site}.{self.manifest.request}.{self.manifest.update}.part"

@@ -13,7 +13,7 @@ from rin.common.errors import CODES, RefusedError, StateError
 from rin.common.events import Events
 from rin.common.files import read_json
 from rin.common.labels import label_set
-from rin.common.layout import Layout
+from rin.common.layout import NOTHING, Layout
 from rin.common.plan import Plan, plan_digest, read_plan
 from rin.common.scores import GroupScores, fault
 from rin.common.wire import Manifest, Request
@@ -117,7 +117,7 @@ class _Loop:
         record = last_record(self.run)
         if record is not None:
             self.events.add("run-resumed", round=record.round)
-        while record is None or record.state != "closed" or record.round < self.plan.training.rounds:
+        while record is None or record.state != "closed" or record.round < self.plan.last_round:
             if record is None or record.state == "closed":
                 if record is not None:
                     self.tidy(record)
@@ -126,7 +126,7 @@ class _Loop:
             while record.state != "closed":
                 record = ACTIONS[record.state](self, record)
         self.tidy(record)
-        self.events.add("run-finished", rounds=record.round)
+        self.events.add("run-finished", rounds=self.plan.training.rounds)
 
     def write(self, record: Record) -> Record:
         """Make `record` the round's, unless a later coordinator has taken over."""
@@ -146,7 +146,7 @@ class _Loop:
         """The next round, with the members of today as its cohort."""
         number = last.round + 1 if last else 1
         cohort = tuple(sorted(set(self.plan.sites) & set(members.members(self.run))))
-        if len(cohort) < self.plan.limits.quorum:
+        if len(cohort) < self.wanted(number):
             raise StateError(
                 f"round {number} needs {self.plan.limits.quorum} sites and {len(cohort)} are admitted",
                 step="admit the others with `rin-server admit`, or agree on a plan with a lower quorum",
@@ -283,13 +283,14 @@ class _Loop:
         """
         manifest = receipt.manifest
         manifest.check(self.request(record, receipt.site, 1.0))
-        if manifest.steps != self.plan.training.local_steps:
+        closing = self.closing(record.round)
+        if manifest.steps != (0 if closing else self.plan.training.local_steps):
             raise RefusedError("update-manifest")
         labels = manifest.labels
         known = all(0 <= row < len(label_set()) for row in labels) and labels == tuple(sorted(set(labels)))
         if not known or record.labels.get(receipt.site, labels) != labels:
             raise RefusedError("update-labels")
-        found = inspect(receipt.path, self.layout)
+        found = inspect(receipt.path, NOTHING if closing else self.layout)
         if found.digest != manifest.update:
             raise RefusedError("update-digest")
         return Counted(
@@ -314,7 +315,7 @@ class _Loop:
 
     def freeze(self, record: Record) -> Record:
         """The list of receipts is final, if there are enough of them."""
-        wanted = max(self.plan.limits.quorum, self.plan.limits.min_sites)
+        wanted = self.wanted(record.round)
         if len(record.receipts) >= wanted:
             return self.write(record.with_(state="frozen"))
         last = {each.site: each.code for each in record.failures}
@@ -330,6 +331,8 @@ class _Loop:
     # Frozen: receipts to the next global weights. A repeat gives the same bytes, so a crash in between does no harm.
 
     def aggregate(self, record: Record) -> Record:
+        if self.closing(record.round):
+            return self.close(record, record.base)
         contributions = [self.contribution(record, site) for site in sorted(record.receipts)]
         limits = self.plan.limits
         flat = checkpoints.read_flat(self.run.weights_file(record.base), self.layout, record.base)
@@ -344,10 +347,21 @@ class _Loop:
         )
         updates = {site: counted.update for site, counted in sorted(record.receipts.items())}
         facts = checkpoints.facts_of(self.plan, plan_digest=record.plan, round=record.round, updates=updates)
-        weights = checkpoints.write_round(self.run, record.round, flat, self.layout, facts)
+        return self.close(record, checkpoints.write_round(self.run, record.round, flat, self.layout, facts))
+
+    def close(self, record: Record, weights: str) -> Record:
         record = self.write(record.with_(state="closed", weights=weights, validation=self.validation(record)))
         self.events.add("round-closed", round=record.round, seconds=round(record.seconds, 1))
         return record
+
+    def closing(self, number: int) -> bool:
+        """Whether round `number` trains nothing: sites measure the final weights."""
+        return number > self.plan.training.rounds
+
+    def wanted(self, number: int) -> int:
+        """How many updates a round needs; figures of the final weights are taken as they come."""
+        limits = self.plan.limits
+        return 0 if self.closing(number) else max(limits.quorum, limits.min_sites)
 
     def validation(self, record: Record) -> Validation | None:
         counted = record.receipts
@@ -376,7 +390,8 @@ class _Loop:
         if self.plan.retention.receipts == "delete":
             for site in record.cohort:
                 receipts.drop(self.run, record.round, site)
-        checkpoints.prune(self.run, record.round, keep=self.plan.retention.checkpoints)
+        trained = min(record.round, self.plan.training.rounds)
+        checkpoints.prune(self.run, trained, keep=self.plan.retention.checkpoints)
         for path in self.run.state.glob("strategy-*.safetensors"):
-            if path != self.state_path(record.round):
+            if path != self.state_path(trained):
                 path.unlink()

@@ -109,7 +109,7 @@ def run_coordinator(
 def finished(run: RunDir, plan: Plan) -> bool:
     """Whether the plan's last round is closed."""
     last = last_record(run)
-    return last is not None and last.state == "closed" and last.round >= plan.training.rounds
+    return last is not None and last.state == "closed" and last.round >= plan.last_round
 
 
 def is_open(run: RunDir) -> bool:
