@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rin.common.scores import MAX_CELLS, SMALLEST_CELL, Few, GroupScores, groups
+from rin.common.scores import MAX_CELLS, SMALLEST_CELL, Few, GroupScores, groups, interval
 
 Index = npt.NDArray[np.int64]  # places of images, ascending
 
@@ -88,7 +88,7 @@ class _Group:
         facts["positives"] = _sizes(positives)
         if isinstance(facts["top1"], int):
             hits = self._hits(hit, positives)
-            facts["hits"] = _sizes(hits)
+            facts["hits"] = self._with_words(hit, positives, hits)
             if confusion:
                 misses = {row: np.setdiff1d(positives[row], part) for row, part in hits.items()}
                 facts["cells"] = tuple(self._cells(misses))
@@ -109,10 +109,7 @@ class _Group:
 
     def _size(self, part: Index) -> int | Few | None:
         """How many of the group's images `part` are, in words where it or the rest is a small cell."""
-        enough, rest = self.enough(part), self.enough(np.setdiff1d(self.members, part))
-        if enough and rest:
-            return len(part)
-        return "most" if enough else "few" if rest else None
+        return len(part) if self._parted(self.members, part) else _word(len(part), len(self.members))
 
     def _hits(self, hit: Index, positives: Mapping[int, Index]) -> dict[int, Index]:
         """The hits that may be sent beside `positives` and their total; misses follow, so both must be enough."""
@@ -125,6 +122,24 @@ class _Group:
                 break
             del kept[largest_first.pop()]
         return kept
+
+    def _with_words(
+        self, hit: Index, positives: Mapping[int, Index], hits: Mapping[int, Index]
+    ) -> tuple[tuple[int, int | Few], ...]:
+        """`hits` as numbers, and as words for other rows; no word where words and numbers would give a number away."""
+        sizes = {row: len(part) for row, part in positives.items()}
+        others = {row: len(np.intersect1d(positives[row], hit)) for row in positives if row not in hits}
+        said: dict[int, Few | None] = {row: _word(count, sizes[row]) for row, count in others.items()}
+        numbers = {row: len(part) for row, part in hits.items()}
+        total = len(hit) - sum(numbers.values())
+        ranges = [interval(said[row], sizes[row]) for row in said]
+        ranges.append((0, len(self.members) - sum(sizes.values())))  # of the rows that are not sent at all
+        low, high = (sum(ends) for ends in zip(*ranges, strict=True))
+        open_ended = all(
+            min(most, total - (low - least)) > max(least, total - (high - most)) for least, most in ranges if most
+        )
+        words = {row: word for row, word in said.items() if word} if open_ended else {}
+        return tuple(sorted({**numbers, **words}.items()))
 
     def _parted(self, images: Index, part: Index) -> bool:
         """Whether both `part` and the rest of `images` are enough."""
@@ -145,6 +160,12 @@ class _Group:
                 break
             del kept[largest_first.pop()]
         return kept
+
+
+def _word(part: int, images: int) -> Few | None:
+    """Which side of `images` is small, unless both are or, with many images a patient, none is."""
+    few, most = part < SMALLEST_CELL, images - part < SMALLEST_CELL
+    return None if few == most else "few" if few else "most"
 
 
 def _sizes(parts: Mapping[int, Index]) -> tuple[tuple[int, int], ...]:

@@ -15,7 +15,7 @@ DIGITS: Final = 4  # significant digits of a figure that leaves
 _MOST: Final = 1_000_000_000
 
 Count = Annotated[int, Field(ge=SMALLEST_CELL, le=_MOST)]
-Few = Literal["few", "most"]  # fewer than `SMALLEST_CELL` patients; all but fewer than that
+Few = Literal["few", "most"]  # fewer than `SMALLEST_CELL` images; all but fewer than that
 Row = Annotated[int, Field(ge=0, lt=4096)]
 Rows = Annotated[tuple[tuple[Row, Count], ...], Field(max_length=4096)]
 
@@ -28,11 +28,10 @@ class GroupScores(BaseModel):
 
     Attributes:
         images: held-out images with a declared label of the group.
-        top1, top5: those with one of their labels first, and among the first five, of the declared rows; in words
-            where they, or the others, are a small cell.
+        top1, top5: those with one of their labels first, and among the first five, of the declared rows.
         positives: (true row, images), rows ascending.
         hits: the same of the hits, of some of those rows; what is left of the positives are the misses.
-        cells: (true row, predicted row, images) of misses in the rows of `hits`, ascending.
+        cells: (true row, predicted row, images) of misses in the rows whose hits are a number, ascending.
         auc: (row, area under the ROC curve within the group).
     """
 
@@ -44,7 +43,7 @@ class GroupScores(BaseModel):
     top1: Count | Few | None = None
     top5: Count | Few | None = None
     positives: Rows = ()
-    hits: Rows = ()
+    hits: Annotated[tuple[tuple[Row, Count | Few], ...], Field(max_length=4096)] = ()
     cells: Annotated[tuple[tuple[Row, Row, Count], ...], Field(max_length=MAX_CELLS)] = ()
     auc: Annotated[tuple[tuple[Row, Annotated[float, Field(ge=0, le=1)]], ...], Field(max_length=4096)] = ()
 
@@ -54,21 +53,25 @@ class GroupScores(BaseModel):
 
     def rounded(self) -> Self:
         """The same to `DIGITS` significant digits: what may leave."""
-
-        def short(rows: Rows) -> Rows:
-            return tuple((row, significant(count)) for row, count in rows)
-
         return self.model_copy(
             update={
                 "images": significant(self.images),
                 "top1": significant(self.top1) if isinstance(self.top1, int) else self.top1,
                 "top5": significant(self.top5) if isinstance(self.top5, int) else self.top5,
-                "positives": short(self.positives),
-                "hits": short(self.hits),
+                "positives": tuple((row, significant(count)) for row, count in self.positives),
+                "hits": tuple((row, significant(n) if isinstance(n, int) else n) for row, n in self.hits),
                 "cells": tuple((true, predicted, significant(count)) for true, predicted, count in self.cells),
                 "auc": tuple((row, float(f"{area:.{DIGITS}g}")) for row, area in self.auc),
             }
         )
+
+
+def interval(count: int | Few | None, images: int) -> tuple[int, int]:
+    """The least and the most of `images` that `count`, as it is sent, can be."""
+    if isinstance(count, int):
+        return count, count
+    small = min(images, SMALLEST_CELL - 1)
+    return {"few": (0, small), "most": (images - small, images), None: (0, images)}[count]
 
 
 def significant(count: int) -> int:
@@ -116,7 +119,8 @@ def _named(each: GroupScores, own: set[int], rows: set[int]) -> bool:
 
 def _adds_up(each: GroupScores) -> bool:
     slack = 2 * 10.0 ** (1 - DIGITS) * each.images if each.images >= 10**DIGITS else 0.0
-    positives, hits = dict(each.positives), dict(each.hits)
+    positives = dict(each.positives)
+    hits = {row: count for row, count in each.hits if isinstance(count, int)}
     top1 = each.top1 if isinstance(each.top1, int) else 0
     top5 = each.top5 if isinstance(each.top5, int) else each.images
     misses = {row: positives.get(row, 0) - count for row, count in hits.items()}
@@ -125,6 +129,7 @@ def _adds_up(each: GroupScores) -> bool:
         left[true] = left.get(true, -count) - count
     return (
         top1 <= top5 <= each.images
+        and all(row in positives for row, _ in each.hits)
         and sum(positives.values()) <= each.images + slack
         and sum(hits.values()) <= top1 + slack
         and sum(misses.values()) <= each.images - top1 + slack

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +19,9 @@ from rin.common.plan import plan_digest, read_plan
 from rin.server.members import members
 from rin.server.record import Record, last_record, read_record
 from rin.server.rundir import RunDir
+from rin.server.validation import COLUMNS, Validation, table
+
+_JSON: Final = TypeAdapter(Validation)
 
 
 def status(run: RunDir) -> dict[str, Any]:
@@ -47,6 +53,20 @@ def status(run: RunDir) -> dict[str, Any]:
             for site in sorted({*plan.sites, *admitted})
         },
         "rounds": [_row(record) for record in records],
+        "validation": _validation(records),
+    }
+
+
+def _validation(records: Sequence[Record]) -> dict[str, Any] | None:
+    """The newest figures on held-out patients, and the number of the checkpoint that they are of."""
+    found = [(record.round, record.validation) for record in records if record.validation is not None]
+    if not found:
+        return None
+    number, validation = found[-1]
+    return {
+        "checkpoint": number - 1,
+        "figures": json.loads(_JSON.dump_json(validation)),
+        "table": [list(row) for row in table(validation)],
     }
 
 
@@ -81,7 +101,7 @@ def print_status(facts: dict[str, Any], *, rounds: int = 10) -> None:
     """`facts` of `status` for a person; the last `rounds` rounds."""
     console = Console(markup=False, highlight=False)
     plan, coordinator = facts["plan"], facts["coordinator"]
-    closed = sum(row["state"] == "closed" for row in facts["rounds"])
+    closed = min(plan["rounds"], sum(row["state"] == "closed" for row in facts["rounds"]))
     console.print(f"{plan['name']}: {closed} of {plan['rounds']} rounds closed; plan {plan['digest'][:16]}")
     console.print(
         f"coordinator {coordinator['state']} for {coordinator['address']}; "
@@ -93,8 +113,15 @@ def print_status(facts: dict[str, Any], *, rounds: int = 10) -> None:
         words = ("yes" if site[key] else "no" for key in ("admitted", "online"))
         sites.add_row(name, *words, str(site["updates"]), refused or "-")
     console.print(sites)
-    table = Table("round", "state", "seconds", "counted", "missing", "reason", box=None, pad_edge=False)
+    rows = Table("round", "state", "seconds", "counted", "missing", "reason", box=None, pad_edge=False)
     for row in facts["rounds"][-rounds:]:
         lists = (", ".join(row[key]) or "-" for key in ("counted", "missing"))
-        table.add_row(str(row["round"]), row["state"], f"{row['seconds']:.0f}", *lists, row["reason"] or "-")
-    console.print(table)
+        number = f"{row['round']}" if row["round"] <= plan["rounds"] else "closing"
+        rows.add_row(number, row["state"], f"{row['seconds']:.0f}", *lists, row["reason"] or "-")
+    console.print(rows)
+    if facts["validation"]:
+        console.print(f"held-out patients, checkpoint {facts['validation']['checkpoint']}:")
+        figures = Table(*COLUMNS, box=None, pad_edge=False)
+        for row in facts["validation"]["table"]:
+            figures.add_row(*row)
+        console.print(figures)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
-from rin.common.scores import Few, GroupScores, groups
+from rin.common.scores import Few, GroupScores, groups, interval
+
+COLUMNS: Final = ("modality, anatomy", "images", "top-1", "top-5", "balanced accuracy", "labels", "mean AUC")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,38 @@ class Validation:
         return _mean([area for group in self.groups for _, area in group.auc])
 
 
+def table(validation: Validation) -> list[tuple[str, ...]]:
+    """The cells under `COLUMNS` for people: a row a modality and anatomy, the last row for all together."""
+    rows = [_cells(group.name, group, group.labels, len(group.recalls)) for group in validation.groups]
+    labels, known = (sum(part) for part in zip(*((g.labels, len(g.recalls)) for g in validation.groups), strict=True))
+    return [*rows, _cells("all", validation, labels, known)] if len(rows) > 1 else rows
+
+
+def _cells(name: str, figures: GroupFigures | Validation, labels: int, known: int) -> tuple[str, ...]:
+    area = figures.macro_auc
+    return (
+        name,
+        f"{figures.images:,}",
+        _percent(figures.top1),
+        _percent(figures.top5),
+        _between(figures.balanced),
+        f"{known} of {labels}",
+        "withheld" if area is None else f"{area:.3f}",
+    )
+
+
+def _percent(share: Share | None) -> str:
+    """With a sign before it where a part is only known to be few or most."""
+    return "withheld" if share is None else f"{'≈ ' if share.rough else ''}{100 * share.value:.1f} %"
+
+
+def _between(mean: Bounds | None) -> str:
+    if mean is None:
+        return "withheld"
+    low, value, high = (f"{100 * each:.1f}" for each in (mean.low, mean.value, mean.high))
+    return f"{value} %" if low == high else f"{value} % ({low} to {high})"
+
+
 def summed(
     scores: Mapping[str, Sequence[GroupScores]], declared: Mapping[str, Sequence[int]], weights: Mapping[str, float]
 ) -> Validation | None:
@@ -157,7 +192,7 @@ def _figures(sent: Mapping[str, GroupScores], labels: int, weights: Mapping[str,
 def _recalls(every: Sequence[GroupScores]) -> tuple[Recall, ...]:
     found: dict[int, Recall] = {}
     for each in every:
-        hits = dict(each.hits)
+        hits = {row: count for row, count in each.hits if isinstance(count, int)}
         for row, count in each.positives if each.top1 is not None else ():
             known = found.get(row, Recall(row, 0, 0, 0))
             withheld = 0 if row in hits else count
@@ -166,33 +201,43 @@ def _recalls(every: Sequence[GroupScores]) -> tuple[Recall, ...]:
 
 
 def _balanced(every: Sequence[GroupScores], images: Mapping[int, int]) -> Bounds | None:
-    """Mean recall; of the hits that a site withholds by label, their sum is known, and no label has more than images.
+    """Mean recall; of the hits that a site withholds by label, their sum is known, and in what range each lies.
 
     Args:
         images: row to its images at all sites.
     """
     low = value = high = 0.0
-    for each in every if images else ():
+    for each in every:
         top1 = _share(each.top1, each.images)
-        if top1 is None:
+        if top1 is None or not each.positives:
             continue
-        hits, positives = dict(each.hits), dict(each.positives)
-        sure = sum(count / images[row] for row, count in each.hits)
-        rest = each.images - sum(positives[row] for row in hits)  # images in which the withheld hits are
-        withheld = max(0, top1.right - sum(hits.values()))
-        kept = sorted((images[row], positives[row]) for row in positives if row not in hits)
-        elsewhere = each.images - sum(positives.values())  # images of labels that are left out
-        low += sure + _filled(reversed(kept), max(0, withheld - elsewhere))
-        high += sure + _filled(kept, withheld)
-        value += sure + sum(min(1.0, withheld / rest) * own / total for total, own in kept)
+        said = dict(each.hits)
+        parts = [_Part(1 / images[row], *interval(said.get(row), own)) for row, own in each.positives]
+        parts.append(_Part(0.0, 0, each.images - sum(own for _, own in each.positives)))  # of labels left out
+        parts.sort(key=lambda part: part.weight)
+        hits = top1.right - sum(part.least for part in parts)  # to be given to some part, beyond its least
+        room = sum(part.most - part.least for part in parts)
+        low += _filled(parts, hits)
+        high += _filled(parts[::-1], hits)
+        alike = min(1.0, max(0.0, hits / room)) if room else 0.0
+        value += sum(part.weight * (part.least + alike * (part.most - part.least)) for part in parts)
     return Bounds(low / len(images), value / len(images), high / len(images)) if images else None
 
 
-def _filled(kept: Iterable[tuple[int, int]], hits: int) -> float:
-    """Sum of the shares if `hits` go to the labels of `kept`, (images at all sites, here), in this order."""
+class _Part(NamedTuple):
+    """A site's images of one label: between `least` and `most` are hits, and each adds `weight` to a sum of recalls."""
+
+    weight: float
+    least: int
+    most: int
+
+
+def _filled(parts: Sequence[_Part], hits: int) -> float:
+    """The sum of recalls if `hits` beyond the least go to `parts` in this order, each as far as it can take them."""
     found = 0.0
-    for total, own in kept:
-        found, hits = found + min(own, hits) / total, max(0, hits - own)
+    for part in parts:
+        more = min(part.most - part.least, max(0, hits))
+        found, hits = found + part.weight * (part.least + more), hits - more
     return found
 
 

@@ -40,7 +40,11 @@ def _facts(record: Record) -> RoundFacts:
     sites = tuple(SiteRound(site, shares(counted.metrics)) for site, counted in sorted(record.receipts.items()))
     failures = Counter((failure.site, failure.code) for failure in record.failures)
     return RoundFacts(
-        record.round, record.seconds, sites, tuple((site, code, n) for (site, code), n in sorted(failures.items()))
+        record.round,
+        record.seconds,
+        sites,
+        tuple((site, code, n) for (site, code), n in sorted(failures.items())),
+        record.validation,
     )
 
 

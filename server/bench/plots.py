@@ -26,7 +26,7 @@ MARKS: Final = ("o", "s", "^", "D", "v", "P")
 LEARNING: Final = {"loss": "training loss", "top1": "top-1 accuracy", "top5": "top-5 accuracy"}
 TRUTH, PREDICTED = (120, 220, 255), (255, 150, 60)  # RGB of the two outlines
 
-_STYLE: Final[Any] = {
+STYLE: Final[Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -46,7 +46,7 @@ _STYLE: Final[Any] = {
 }
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """`figure` as a data URI; the same figure gives the same bytes."""
     FigureCanvasAgg(figure)
     out = io.BytesIO()
@@ -72,7 +72,7 @@ def bars(summary: Summary, kind: str) -> str | None:
     if not tasks:
         return None
     names = [checkpoint.name for checkpoint in summary.checkpoints]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 2.1 * len(tasks) + 0.5 * len(tasks) * (len(names) - 1), 3.1))
         axes = figure.add_subplot()
         for place, task in enumerate(tasks):
@@ -100,7 +100,7 @@ def bars(summary: Summary, kind: str) -> str | None:
             axes.axhline(0.5, color=INK, lw=0.8, ls=(0, (4, 3)))
             axes.annotate("chance", (len(tasks) - 0.4, 0.5), ha="right", va="bottom", size=8)
         figure.legend(loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.06), handlelength=1, handleheight=1)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _on(colour: str) -> str:
@@ -120,7 +120,7 @@ def learning_curves(rounds: Sequence[RoundFacts]) -> list[tuple[str, str]]:
         }
         if not any(points.values()):
             continue
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             figure = Figure(figsize=(4.6, 3.0))
             axes = figure.add_subplot()
             for index, (site, values) in enumerate(points.items()):
@@ -132,7 +132,7 @@ def learning_curves(rounds: Sequence[RoundFacts]) -> list[tuple[str, str]]:
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(handlelength=1.6, fontsize=9)
-            found.append((caption, _svg(figure)))
+            found.append((caption, svg(figure)))
     return found
 
 

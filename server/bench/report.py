@@ -13,8 +13,9 @@ import numpy.typing as npt
 from jinja2 import Environment, StrictUndefined
 
 from rin.common.files import write_atomic
-from rin.server.bench import plots
+from rin.server.bench import heldout, plots
 from rin.server.bench.summary import MEASURES, VERDICTS, Checkpoint, RoundFacts, Summary
+from rin.server.validation import COLUMNS, table
 
 RANDOM: Final = "random weights"
 Grey = npt.NDArray[np.uint8]
@@ -61,6 +62,7 @@ def render(summary: Summary, examples: Mapping[str, Examples]) -> str:
         headline=headline(summary),
         bars=[(MEASURES[kind], uri) for kind in MEASURES if (uri := plots.bars(summary, kind))],
         curves=plots.learning_curves(summary.rounds),
+        held_out=_held_out(summary.rounds),
         examples={name: _pictures(example) for name, example in examples.items()},
         rounds=[_round(facts) for facts in summary.rounds],
         colours={"truth": _css(plots.TRUTH), "predicted": _css(plots.PREDICTED)},
@@ -68,6 +70,20 @@ def render(summary: Summary, examples: Mapping[str, Examples]) -> str:
         provenance=[_provenance(checkpoint) for checkpoint in summary.checkpoints],
         privacy=privacy(summary),
     )
+
+
+def _held_out(rounds: Sequence[RoundFacts]) -> dict[str, Any] | None:
+    """The figures on held-out patients: curves over the checkpoints, a table and confusion pictures of the newest."""
+    newest = next((facts for facts in reversed(rounds) if facts.validation is not None), None)
+    if newest is None or newest.validation is None:
+        return None
+    return {
+        "checkpoint": newest.number - 1,
+        "curves": heldout.curves(rounds),
+        "columns": COLUMNS,
+        "rows": table(newest.validation),
+        "confusions": heldout.confusions(newest.validation),
+    }
 
 
 def headline(summary: Summary) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rin.server.bench.statistics import Comparison, Interval
 from rin.server.bench.tasks import Kind
+from rin.server.validation import Validation
 
 Verdict = Literal["better", "not clearly different", "worse"]
 VERDICTS: Final[dict[Verdict, str]] = {"better": "green", "not clearly different": "yellow", "worse": "red"}
@@ -63,12 +64,16 @@ class SiteRound:
 
 @dataclass(frozen=True, slots=True)
 class RoundFacts:
-    """One closed round; `failures` are (site, code, how often), `seconds` are from opening to closing."""
+    """One closed round; `failures` are (site, code, how often), `seconds` are from opening to closing.
+
+    `validation`: what the round's starting weights, those of the checkpoint before, came to on held-out patients.
+    """
 
     number: int
     seconds: float
     sites: tuple[SiteRound, ...]
     failures: tuple[tuple[str, str, int], ...] = ()
+    validation: Validation | None = None
 
 
 @dataclass(frozen=True, slots=True)

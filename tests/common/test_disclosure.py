@@ -124,11 +124,14 @@ def _kinds_of(images: Outcomes) -> list[Cell]:
 
 
 def bounds(group: GroupScores, kinds: list[Cell]) -> tuple[np.ndarray, np.ndarray]:
-    """What follows from the words: sums that are at most nine, if every patient has one image."""
+    """What follows from the words: sums that are at most nine."""
     rows = [[0.0] * len(kinds)]
     for word, chosen in ((group.top1, lambda k: k == 0), (group.top5, lambda k: k < 5)):
         if isinstance(word, str):
             rows.append([float(chosen(place) == (word == "few")) for _, _, place in kinds])
+    for row, word in group.hits:
+        if isinstance(word, str):
+            rows.append([float(true == row and (place == 0) == (word == "few")) for true, _, place in kinds])
     return np.array(rows), np.full(len(rows), 9.0)
 
 
@@ -174,8 +177,16 @@ def test_a_second_cell_is_withheld_beside_a_small_one() -> None:
     group = one(cells, (a, b, c))
     assert (group.images, group.top1) == (185, 150)
     assert group.positives == ((a, 70), (b, 62), (c, 53))
-    assert group.hits == ((a, 50),)  # with those of b, the three misses of c would follow
+    assert group.hits == ((a, 50), (c, "most"))  # with those of b, the three misses of c would follow
     assert group.cells == ()  # 20 of 20: that nobody was taken for c would follow
+
+
+def test_no_word_where_it_would_give_a_number_away() -> None:
+    a, b = THYROID
+    cells = {(a, a, 0): 9, (a, b, 1): 50, (b, b, 0): 8, (b, a, 1): 50}
+    assert one(cells, THYROID).hits == ((a, "few"), (b, "few"))
+    group = one(cells | {(b, b, 0): 9}, THYROID)
+    assert (group.top1, group.hits) == (18, ())  # two times nine at most
 
 
 def test_cells_are_counted_in_patients() -> None:
@@ -203,7 +214,7 @@ def test_an_image_of_two_labels_counts_once_in_its_group() -> None:
     images = Outcomes(labels, predicted, place, np.arange(30), (a, b, c))
     (group,) = published(images, {}, ALL)
     assert (group.images, group.top1) == (30, 15)
-    assert (group.positives, group.hits) == (((a, 15),), ())  # those of b go with those of c, of which there are none
+    assert (group.positives, group.hits) == (((a, 15),), ((a, "few"),))  # those of b go with those of c, of which there are none
 
 
 def test_only_what_both_sides_allow() -> None:
