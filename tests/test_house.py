@@ -14,7 +14,25 @@ import rin.common.labels
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"common": {"common"}, "client": {"client", "common"}, "server": {"server", "common"}}
-TENSOR = {"backbones", "batches", "heads", "fit", "evaluate", "weights", "metrics", "snapshots", "freeze", "norms"}
+TENSOR = {
+    "formats",
+    "guard",
+    "keylayouts",
+    "statedict",
+    "backbones",
+    "batches",
+    "heads",
+    "fit",
+    "gradients",
+    "recipe",
+    "evaluate",
+    "weights",
+    "metrics",
+    "snapshots",
+    "freeze",
+    "norms",
+    "parallel",
+}
 HEAVY = {"torch", "torchvision", "timm", "flwr", "opacus"}
 # One adapter per dependency: who may import it anywhere in the file.
 ADAPTERS = {
