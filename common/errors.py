@@ -89,3 +89,26 @@ class TransferError(RinError):
 
 class StateError(RinError):
     """A directory of rin is not in the state that the command needs."""
+
+
+# Words of torch and its libraries; torch is not imported here. The last is all that oneDNN says when it gets no memory.
+_FULL: Final = ("allocate memory", "out of memory", "not enough memory", "_ALLOC_FAILED", "create a primitive")
+_FAILED: Final = ("CUDA error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "NCCL error")
+_COMPILER: Final = ("torch._dynamo", "torch._inductor")
+DEVICE_STEPS: Final[dict[str, str]] = {  # what the site's operator does about them
+    "memory": "raise device.memory-gib or free some memory; the coordinator asks again",
+    "device": "look at the device, with nvidia-smi for a GPU; where device.compile is true, try without",
+}
+
+
+def device_fault(error: BaseException) -> str:
+    """The code of a fault of the device, `memory` or `device`; empty for any other error."""
+    if isinstance(error, MemoryError):
+        return "memory"
+    if not isinstance(error, RuntimeError):
+        return ""
+    kind, text = type(error), str(error)
+    if kind.__name__ == "OutOfMemoryError" or any(words in text for words in _FULL):
+        return "memory"
+    failed = kind.__name__ == "AcceleratorError" or kind.__module__.startswith(_COMPILER)
+    return "device" if failed or any(words in text for words in _FAILED) else ""

@@ -1,14 +1,15 @@
-"""The one training loop: a site's local steps, fine-tuning and U-Nets of the benchmark; and evaluation."""
+"""The one training loop: a site's local steps, fine-tuning and U-Nets of the benchmark."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +18,17 @@ from torch import Tensor, nn
 
 from rin.common.backbones import Network
 from rin.common.batches import Data, sampled, seed_of
-from rin.common.errors import RefusedError
+from rin.common.errors import CODES, DEVICE_STEPS, RefusedError, device_fault
 from rin.common.freeze import frozen
+from rin.common.gradients import Count, Gradients
 from rin.common.heads import LOSSES, Loss
-from rin.common.metrics import top_counts
+from rin.common.parallel import Ranks
 from rin.common.plan import MetricName, Plan, Training
+from rin.common.recipe import Recipe, Stepper, recipe_of
 from rin.common.snapshots import Held, Snapshots
 from rin.common.weights import all_finite
+
+log = logging.getLogger(__name__)
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # the batches from a step on
 
@@ -31,45 +36,11 @@ CHECK_EVERY: Final = 50  # steps between two looks at whether the loss is finite
 EVAL_BATCH: Final = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How `fit` steps. `first_step` is where this stretch begins in a schedule of `total_steps`."""
-
-    steps: int
-    learning_rate: float
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: float = 0.9  # sgd only
-    weight_decay: float = 1e-4  # on weights of two and more dimensions; biases and norms have none
-    schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: int = 0
-    first_step: int = 0
-    total_steps: int = 0  # 0: `first_step + steps`
-
-    def rate(self, step: int) -> float:
-        """Learning rate of the local step `step` (from 0): linear warm-up, then constant or half a cosine to 0."""
-        at, total = self.first_step + step, self.total_steps or self.first_step + self.steps
-        if at < self.warmup_steps:
-            return self.learning_rate * (at + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return self.learning_rate
-        done = min(1.0, (at - self.warmup_steps) / max(1, total - self.warmup_steps))
-        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
 @dataclass(frozen=True, slots=True)
 class FitResult:
     """Steps taken, and over all batches: mean `loss`; counts `top1`, `top5`, `images`."""
 
     steps: int
-    metrics: dict[MetricName, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Logits float32 and labels bool, both (n, n_labels); mean `loss`, counts `top1`, `top5`, `images`."""
-
-    logits: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.bool_]
     metrics: dict[MetricName, float]
 
 
@@ -107,18 +78,20 @@ def settle(device: torch.device, threads: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over memory
 
 
-def optimizer_of(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """A new optimizer over the trainable parameters of `module`; nothing is decayed but weights."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, fused=True)
+@contextlib.contextmanager
+def faults() -> Iterator[None]:
+    """Turn a device that is full or failed into a refusal with its code; any other error passes."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        code = device_fault(error)
+        if not code:
+            raise
+        log.error("%s: %s", CODES[code], str(error).partition("\n")[0])
+        raise RefusedError(code, step=DEVICE_STEPS[code]) from None
 
 
+@faults()
 def fit(
     module: nn.Module,
     batches: Batches,
@@ -127,6 +100,8 @@ def fit(
     *,
     device: torch.device,
     key: tuple[str | int, ...],
+    count: Count | None = len,
+    compile: bool = False,
     adjust: Callable[[], None] | None = None,
     progress: Callable[[int, int], None] = silent,
     cancelled: Callable[[], bool] = never,
@@ -135,10 +110,14 @@ def fit(
 ) -> float:
     """Take `recipe.steps` optimizer steps on `module`, which stays in its mode and on its device.
 
+    A batch that does not fit into the device's memory is taken in parts, see `Gradients`.
+
     Args:
         batches: inputs and targets on `device` from a step on, as a function of the step alone.
-        loss: from outputs and targets to a scalar.
+        loss: from outputs and targets to a scalar, a mean.
         key: what random layers draw from, together with the step.
+        count: what the mean of `loss` is taken over, from the targets; None: a batch is never taken in parts.
+        compile: whether torch.compile makes the forward and backward pass; the first step then takes a minute or more.
         adjust: called between backward and step, to change gradients.
         progress: called after each step with steps done and all steps.
         cancelled: asked before each step.
@@ -149,56 +128,34 @@ def fit(
         Mean loss of the steps.
 
     Raises:
-        RefusedError: cancelled; not-finite, for a loss or weights that are NaN or infinite.
+        RefusedError: cancelled; not-finite, for a loss or weights that are NaN or infinite; memory or device.
     """
-    optimizer = optimizer_of(module, recipe)
-    autocast = half_precision(device)
-    total = torch.zeros((), device=device)
-    held = Held(module, optimizer, {"loss": total, **(carried or {})})
-    first = 0 if snapshots is None else snapshots.resume(held)
-    stream = iter(batches(first))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        stepper, sums = Stepper(module, recipe), dict(carried or {})
+        forward = torch.compile(module, dynamic=False) if compile else module
+        gradients = Gradients(module, forward, loss, count, sums.values(), device=device, half=half_precision(device))
+        total = torch.zeros((), device=device)
+        held = Held(module, stepper.optimizer, {"loss": total, "parts": gradients.parts, **sums})
+        first = 0 if snapshots is None else snapshots.resume(held)
+        stream = iter(batches(first))
         for step in range(first, recipe.steps):
             if cancelled():
                 raise RefusedError("cancelled")
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(step)
-            inputs, targets = next(stream)
-            torch.manual_seed(seed_of(*key, "layers", step))
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                value = loss(module(inputs), targets)
-            value.backward()
+            total += gradients(*next(stream), seed_of(*key, "layers", step))
             if adjust is not None:
                 adjust()
-            optimizer.step()
-            total += value.detach()
+            stepper(step)
             if (step + 1) % CHECK_EVERY == 0 and not math.isfinite(total.item()):
                 raise RefusedError("not-finite")
             if snapshots is not None:
                 snapshots.after(step + 1, held)
             progress(step + 1, recipe.steps)
-    if not (math.isfinite(total.item()) and all_finite(module)):
-        raise RefusedError("not-finite")
+        if not (math.isfinite(total.item()) and all_finite(module)):
+            raise RefusedError("not-finite")
     return total.item() / max(1, recipe.steps)
 
 
-def recipe_of(plan: Plan, round: int) -> Recipe:
-    """The recipe of round `round` (from 1): its stretch of a schedule over the whole federated run."""
-    training = plan.training
-    return Recipe(
-        steps=training.local_steps,
-        learning_rate=training.learning_rate,
-        optimizer=training.optimizer,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        schedule=training.schedule,
-        warmup_steps=training.warmup_steps,
-        first_step=(round - 1) * training.local_steps,
-        total_steps=training.rounds * training.local_steps,
-    )
-
-
+@faults()
 def fit_round(
     module: Network,
     data: Data,
@@ -213,6 +170,7 @@ def fit_round(
     progress: Callable[[int, int], None] = silent,
     cancelled: Callable[[], bool] = never,
     snapshots: Snapshots | None = None,
+    ranks: Ranks | None = None,
 ) -> FitResult:
     """One site's work in one round: `plan.training.local_steps` on `module`, in place.
 
@@ -222,6 +180,7 @@ def fit_round(
     Args:
         data: the training images that carry a declared label.
         rows, exhaustive_rows: head rows of the site's declared and of its exhaustive labels.
+        ranks: this process among several that do the work together, each on a `device` of its own.
 
     Raises:
         RefusedError: no-data, cancelled, not-finite or memory.
@@ -242,22 +201,27 @@ def fit_round(
         size=module.image_size,
         device=device,
     )
-    tally = Tally(LOSSES[plan.model.target](rows, exhaustive_rows), rows, device)
+    goal, trained, layers = LOSSES[plan.model.target](rows, exhaustive_rows), module, key
+    loss: Loss = goal
+    if ranks is not None:
+        loss = ranks.loss(goal, goal.count)
+        batches, trained, layers = ranks.slices(batches), ranks.wrapped(module), (*key, ranks.rank)
+    tally = Tally(loss, goal.right, rows, device, summed=ranks.summed if ranks else None)
     adjust = _proximal(module, plan.strategy.mu) if plan.strategy.name == "fedprox" else None
-    with _memory():
-        mean = fit(
-            module,
-            batches,
-            tally,
-            recipe_of(plan, round),
-            device=device,
-            key=key,
-            adjust=adjust,
-            progress=progress,
-            cancelled=cancelled,
-            carried={"hits": tally.hits},
-            snapshots=snapshots,
-        )
+    mean = fit(
+        trained,
+        batches,
+        tally,
+        recipe_of(plan, round),
+        device=device,
+        key=layers,
+        count=goal.count if ranks is None else None,  # ranks would have to agree on the parts
+        adjust=adjust,
+        progress=progress,
+        cancelled=cancelled,
+        carried={"hits": tally.hits},
+        snapshots=snapshots,
+    )
     undeclared = torch.ones(len(module.head.bias), dtype=torch.bool, device=device)
     undeclared[list(rows)] = False
     with torch.no_grad():
@@ -267,19 +231,33 @@ def fit_round(
 
 
 class Tally:
-    """A loss that also counts hits; the counts stay on the device until they are asked for."""
+    """A loss that also counts hits; the counts stay on the device until they are asked for.
 
-    def __init__(self, loss: Loss, rows: Sequence[int], device: torch.device) -> None:
-        self.loss = loss
+    Args:
+        right: from the targets to the declared rows (b, rows) that are an image's label.
+        summed: makes one rank's counts those of all.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        right: Callable[[Tensor], Tensor],
+        rows: Sequence[int],
+        device: torch.device,
+        *,
+        summed: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.loss, self.right, self.summed = loss, right, summed
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.hits = torch.zeros(2, dtype=torch.long, device=device)
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
             best = logits.index_select(1, self.rows).topk(min(5, len(self.rows)), dim=1).indices
-            found = labels.index_select(1, self.rows).gather(1, best)
-            self.hits += torch.stack([found[:, 0].sum(), found.any(1).sum()])
-        return self.loss(logits, labels)
+            found = self.right(targets).gather(1, best)
+            hits = torch.stack([found[:, 0].sum(), found.any(1).sum()])
+            self.hits += hits if self.summed is None else self.summed(hits)
+        return self.loss(logits, targets)
 
     def counts(self, training: Training) -> dict[MetricName, float]:
         top1, top5 = self.hits.tolist()
@@ -297,14 +275,6 @@ def _proximal(module: nn.Module, mu: float) -> Callable[[], None]:
                 parameter.grad.add_(parameter.detach() - before, alpha=mu)
 
     return adjust
-
-
-@contextlib.contextmanager
-def _memory() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise RefusedError("memory") from None
 
 
 @torch.inference_mode()
@@ -330,37 +300,3 @@ def infer(
         with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device)):
             parts.append(function(batch).float().cpu().numpy())
     return np.concatenate(parts)
-
-
-def evaluate(
-    module: Network,
-    data: Data,
-    plan: Plan,
-    *,
-    rows: Sequence[int],
-    exhaustive_rows: Sequence[int] = (),
-    device: torch.device,
-    threads: int,
-    cancelled: Callable[[], bool] = never,
-) -> Evaluation:
-    """Run `module` over all of `data`, without augmentation; counts and loss are over the declared `rows`.
-
-    Raises:
-        RefusedError: no-data, cancelled or memory.
-    """
-    if len(data) == 0:
-        raise RefusedError("no-data")
-    settle(device, threads)
-    module.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    logits, labels = [], []
-    for start in range(0, len(data), EVAL_BATCH):
-        images, found = data.batch(np.arange(start, min(start + EVAL_BATCH, len(data))))
-        with _memory():
-            logits.append(infer(module, images, device=device, cancelled=cancelled))
-        labels.append(found)
-    every, known = np.concatenate(logits), np.concatenate(labels)
-    loss = LOSSES[plan.model.target](rows, exhaustive_rows)(torch.from_numpy(every), torch.from_numpy(known))
-    counts = top_counts(every, known, rows)
-    metrics: dict[MetricName, float] = {"loss": loss.item()}
-    metrics.update({"top1": counts["top1"], "top5": counts["top5"], "images": counts["images"]})
-    return Evaluation(every, known, metrics)

@@ -11,40 +11,96 @@ from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+TINY: Final = 1e-6  # no mean is taken over less
 
-def single(rows: Sequence[int], exhaustive_rows: Sequence[int] = ()) -> Loss:
+
+class Single:
     """Softmax cross-entropy over the declared head rows; the other rows get no gradient.
 
     The target is spread evenly over the declared labels of the image. `exhaustive_rows` has no meaning here: softmax
     says that exactly one label holds.
+
+    Args:
+        smoothing: share of every target that is spread over all declared rows (Szegedy et al. 2016, section 7).
+        offsets: (rows,), added to the declared logits: tau x log prior is logit adjustment (Menon et al. 2021).
     """
-    columns = torch.tensor(rows, dtype=torch.long)
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the batch; logits (b, n_labels), labels bool (b, n_labels) with a declared one in every row."""
-        index = columns.to(logits.device)
-        target = labels.index_select(1, index).to(torch.float32)
+    def __init__(
+        self,
+        rows: Sequence[int],
+        exhaustive_rows: Sequence[int] = (),
+        *,
+        smoothing: float = 0.0,
+        offsets: Tensor | None = None,
+    ) -> None:
+        self._columns, self._smoothing, self._offsets = torch.tensor(rows, dtype=torch.long), smoothing, offsets
+
+    def soft(self, labels: Tensor) -> Tensor:
+        """Targets float32 (b, rows) of bool labels (b, n_labels): a distribution an image, so they can be mixed."""
+        target = labels.index_select(1, self._columns.to(labels.device)).to(torch.float32)
         target = target / target.sum(1, keepdim=True).clamp(min=1)
-        return F.cross_entropy(logits.index_select(1, index).float(), target)
+        return target * (1 - self._smoothing) + self._smoothing / len(self._columns) if self._smoothing else target
 
-    return loss
+    def count(self, targets: Tensor) -> Tensor:
+        """Number of images: what the mean is taken over."""
+        return torch.full((), float(len(targets)), device=targets.device)
 
+    def right(self, targets: Tensor) -> Tensor:
+        """Which declared rows (b, rows) are an image's label; of a mixture, the one with the largest share."""
+        return _largest(targets if targets.is_floating_point() else self.soft(targets))
 
-def multi(rows: Sequence[int], exhaustive_rows: Sequence[int] = ()) -> Loss:
-    """Binary cross-entropy of every declared row; an absent label is negative only where it is declared exhaustive."""
-    columns = torch.tensor(rows, dtype=torch.long)
-    exhaustive = torch.isin(columns, torch.tensor(exhaustive_rows, dtype=torch.long))
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the known (image, label) pairs of the batch; shapes as for `single`. No known pair gives 0."""
-        index = columns.to(logits.device)
-        target = labels.index_select(1, index)
-        known = target | exhaustive.to(logits.device)
-        chosen = logits.index_select(1, index).float()
-        each = F.binary_cross_entropy_with_logits(chosen, target.to(torch.float32), reduction="none")
-        return (each * known).sum() / known.sum().clamp(min=1)
-
-    return loss
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the batch; logits (b, n_labels), targets `soft` or labels with a declared one in every row."""
+        chosen = logits.index_select(1, self._columns.to(logits.device)).float()
+        if self._offsets is not None:
+            chosen = chosen + self._offsets.to(logits.device)
+        return F.cross_entropy(chosen, targets if targets.is_floating_point() else self.soft(targets))
 
 
-LOSSES: Final[dict[str, Callable[[Sequence[int], Sequence[int]], Loss]]] = {"single": single, "multi": multi}
+class Multi:
+    """Binary cross-entropy of every declared row; an absent label is negative only where it is declared exhaustive.
+
+    Args:
+        smoothing: how far a known 1 or 0 is moved towards one half, from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        exhaustive_rows: Sequence[int] = (),
+        *,
+        smoothing: float = 0.0,
+    ) -> None:
+        self._columns = torch.tensor(rows, dtype=torch.long)
+        self._exhaustive = torch.isin(self._columns, torch.tensor(exhaustive_rows, dtype=torch.long))
+        self._smoothing = smoothing
+
+    def soft(self, labels: Tensor) -> Tensor:
+        """Targets float32 (b, 2, rows) of bool labels (b, n_labels): weight as positive, weight as negative."""
+        present = labels.index_select(1, self._columns.to(labels.device))
+        absent = ~present & self._exhaustive.to(labels.device)
+        weights = torch.stack([present, absent], dim=1).to(torch.float32)
+        return weights.lerp(weights.flip(1), self._smoothing / 2) if self._smoothing else weights
+
+    def count(self, targets: Tensor) -> Tensor:
+        """Number of known (image, label) pairs: what the mean is taken over."""
+        return (targets if targets.is_floating_point() else self.soft(targets)).sum()
+
+    def right(self, targets: Tensor) -> Tensor:
+        """As for `Single`."""
+        return _largest((targets if targets.is_floating_point() else self.soft(targets))[:, 0])
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the known (image, label) pairs of the batch; arguments as for `Single`. No known pair gives 0."""
+        weights = targets if targets.is_floating_point() else self.soft(targets)
+        chosen = logits.index_select(1, self._columns.to(logits.device)).float()
+        each = weights[:, 0] * F.softplus(-chosen) + weights[:, 1] * F.softplus(chosen)
+        return each.sum() / weights.sum().clamp(min=TINY)
+
+
+def _largest(shares: Tensor) -> Tensor:
+    """Where the largest share of each row is, none where all are 0."""
+    return (shares == shares.amax(1, keepdim=True)) & (shares > 0)
+
+
+LOSSES: Final[dict[str, type[Single] | type[Multi]]] = {"single": Single, "multi": Multi}

@@ -11,9 +11,11 @@ from torch import nn
 from rin.common.backbones import Network, initial
 from rin.common.batches import Order, augment, sampled, seeded
 from rin.common.errors import RefusedError
-from rin.common.fit import Recipe, evaluate, fit, fit_round, infer, pick_device, recipe_of, settle
+from rin.common.evaluate import evaluate
+from rin.common.fit import fit, fit_round, infer, pick_device, settle
 from rin.common.labels import label_set_digest
 from rin.common.plan import Plan
+from rin.common.recipe import Recipe, recipe_of
 from rin.common.weights import layout_of
 
 CPU = torch.device("cpu")

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rin.common.heads import LOSSES, multi, single
+from rin.common.heads import LOSSES, Multi, Single
 
 
 def test_single_is_the_softmax_over_declared_rows_only() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5, 9.0], [0.0, 1.0, 3.0, -9.0]], requires_grad=True)
     labels = torch.tensor([[True, False, False, False], [False, False, True, False]])
-    loss = single((0, 2))(logits, labels)
+    loss = Single((0, 2))(logits, labels)
     expected = F.cross_entropy(logits[:, [0, 2]], torch.tensor([0, 1]))
     assert loss.item() == pytest.approx(expected.item())
     loss.backward()
@@ -23,13 +23,13 @@ def test_single_spreads_the_target_over_declared_labels_of_the_image() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.0, 5.0]])
     labels = torch.tensor([[True, True, False, True]])  # row 3 is not declared
     log_p = logits[:, :3].log_softmax(1)[0]
-    assert single((0, 1, 2))(logits, labels).item() == pytest.approx(-(log_p[0] + log_p[1]).item() / 2)
+    assert Single((0, 1, 2))(logits, labels).item() == pytest.approx(-(log_p[0] + log_p[1]).item() / 2)
 
 
 def test_multi_takes_absence_as_negative_only_where_exhaustive() -> None:
     logits = torch.zeros(1, 4, requires_grad=True)
     labels = torch.tensor([[True, False, False, False]])
-    loss = multi((0, 1, 2), (1,))(logits, labels)
+    loss = Multi((0, 1, 2), (1,))(logits, labels)
     assert loss.item() == pytest.approx(math.log(2))
     loss.backward()
     assert logits.grad is not None
@@ -38,7 +38,7 @@ def test_multi_takes_absence_as_negative_only_where_exhaustive() -> None:
 
 def test_multi_without_a_known_pair_is_zero_and_finite() -> None:
     logits = torch.zeros(2, 3, requires_grad=True)
-    loss = multi((0, 1), ())(logits, torch.zeros(2, 3, dtype=torch.bool))
+    loss = Multi((0, 1), ())(logits, torch.zeros(2, 3, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None
