@@ -42,13 +42,15 @@ def curves(rounds: Sequence[RoundFacts]) -> list[tuple[str, str]]:
                     lines[name].append((number, y))
         if lines["all"]:
             bounds = [(n, v.balanced) for n, v in found if v.balanced] if caption == "balanced accuracy" else []
-            made.append((caption, _curve(caption, lines, bounds)))
-    return made
+            made.append((caption, lines, bounds))
+    return [(caption, _curve(caption, lines, bounds, legend=caption == made[-1][0])) for caption, lines, bounds in made]
 
 
-def _curve(caption: str, lines: dict[str, list[tuple[int, float]]], bounds: Sequence[tuple[int, Bounds]]) -> str:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 3.0))
+def _curve(
+    caption: str, lines: dict[str, list[tuple[int, float]]], bounds: Sequence[tuple[int, Bounds]], *, legend: bool
+) -> str:
+    with mpl.rc_context({**STYLE, "font.size": 9}):
+        figure = Figure(figsize=(2.7, 2.4))
         axes = figure.add_subplot()
         if bounds:
             numbers, between = [n for n, _ in bounds], [b for _, b in bounds]
@@ -64,7 +66,8 @@ def _curve(caption: str, lines: dict[str, list[tuple[int, float]]], bounds: Sequ
         axes.set_ylabel(caption)
         axes.set_ylim(0, 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(handlelength=1.6, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        if legend:
+            axes.legend(handlelength=1.6, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return svg(figure)
 
 

@@ -64,7 +64,7 @@ def render(summary: Summary, examples: Mapping[str, Examples]) -> str:
         curves=plots.learning_curves(summary.rounds),
         held_out=_held_out(summary.rounds),
         examples={name: _pictures(example) for name, example in examples.items()},
-        rounds=[_round(facts) for facts in summary.rounds],
+        rounds=[_round(facts, summary) for facts in summary.rounds],
         colours={"truth": _css(plots.TRUTH), "predicted": _css(plots.PREDICTED)},
         task_rows={task.name: _rows({**task.dataset, **task.recipe}) for task in summary.tasks},
         provenance=[_provenance(checkpoint) for checkpoint in summary.checkpoints],
@@ -133,9 +133,9 @@ def _pictures(example: Examples) -> list[dict[str, Any]]:
     return rows
 
 
-def _round(facts: RoundFacts) -> dict[str, Any]:
+def _round(facts: RoundFacts, summary: Summary) -> dict[str, Any]:
     return {
-        "number": facts.number,
+        "number": facts.number if facts.number <= summary.run.get("rounds", facts.number) else "closing",
         "seconds": f"{facts.seconds:.0f}",
         "counted": [each.site for each in facts.sites],
         "loss": [f"{each.site} {each.metrics['loss']:.3f}" for each in facts.sites if "loss" in each.metrics],

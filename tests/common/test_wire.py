@@ -138,7 +138,7 @@ def test_a_signature_over_a_manifest_is_over_nothing_else() -> None:
     assert manifest(REQUEST).signed_bytes() == b"rin-update-v1\n" + manifest(REQUEST).to_bytes()
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"labels": ()}, {"metrics": {"auc": 1.0}}, {"release": "x" * 65}])
+@pytest.mark.parametrize("change", [{"steps": -1}, {"labels": ()}, {"metrics": {"auc": 1.0}}, {"release": "x" * 65}])
 def test_a_manifest_out_of_range_is_refused(change: dict[str, Any]) -> None:
     value = json.loads(manifest(REQUEST).to_bytes()) | change
     with pytest.raises(RefusedError) as refused:

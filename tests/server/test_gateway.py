@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import subprocess
 import sys
@@ -15,10 +16,13 @@ import httpx
 import pytest
 
 from rin.common import keys
+from rin.common.layout import NOTHING
 from rin.common.transfer import HttpCarrier, content_range
+from rin.common.wire import MAX_MANIFEST
 from rin.server import receipts, tickets
 from rin.server.fleet import MAX_BODY, NODE_HEADERS, UPSTREAM
 from rin.server.gateway import Gateway
+from tests.common.test_scores import largest
 from tests.small_run import SmallRun, Update, free_port, read_answer, wait_for
 
 NODE = "flwr-public-key: a2V5\r\nflwr-signature: c2ln\r\nflwr-timestamp: 2026-11-23T00:00:00+00:00\r\n"
@@ -295,6 +299,25 @@ def test_no_byte_of_an_upload_is_read_before_the_ticket_holds(small: SmallRun) -
     stranger = replace(update, ticket="1." + "A" * 43)
     assert small.raw(request(stranger, Content_Length=size, Expect="100-continue"))[0] == 401
     assert small.raw(request(update, Content_Length=size, Expect="100-continue"))[0] == 100
+
+
+def test_the_largest_manifest_comes_through(small: SmallRun) -> None:
+    update = small.update("siteA")
+    paper = update.manifest.model_copy(update={"scores": largest(), "labels": tuple(range(165))})
+    paper = paper.model_copy(update={"release": "9" * 64, "metrics": {"loss": 1.234e-05}})
+    assert len(paper.to_bytes()) > 0.8 * MAX_MANIFEST
+    send(small, replace(update, manifest=paper, signature=small.sign("siteA", paper)))
+    found = receipts.receipt(small.run, update.number, "siteA")
+    assert found and found.manifest == paper
+
+
+def test_an_update_of_the_closing_round_has_no_tensors(small: SmallRun) -> None:
+    update = small.update("siteA")
+    update.path.write_bytes(NOTHING.header())
+    paper = update.manifest.model_copy(update={"steps": 0, "update": hashlib.sha256(b"").hexdigest()})
+    send(small, replace(update, manifest=paper, signature=small.sign("siteA", paper)))
+    found = receipts.receipt(small.run, update.number, "siteA")
+    assert found and found.path.read_bytes() == NOTHING.header()
 
 
 # --- uploads ----------------------------------------------------------------------------------------------------
