@@ -52,8 +52,16 @@ class Device(Table):
 
     name: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=1, le=256)] = 1  # fixed: two thread counts give two different sums
-    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    processes: Annotated[int, Field(ge=1, le=64)] = 1  # that train together, one a GPU; batches are split among them
+    compile: bool = False  # torch.compile: a minute or more at the start, and then faster on a GPU
+    memory_gib: Annotated[float, Field(gt=0)] | None = None  # of each process
     disk_reserve_gib: Annotated[float, Field(ge=0)] = 1.0  # ingest and trainer stop before less is free
+
+    @model_validator(mode="after")
+    def _a_device_each(self) -> Device:
+        if self.processes > 1 and ":" in self.name:
+            raise ValueError(f'name: "{self.name}" is one GPU, and processes is {self.processes}; say "cuda"')
+        return self
 
 
 class Coordinator(Table):

@@ -23,9 +23,9 @@ from rin.client import policy
 from rin.client.home import Home
 from rin.client.jobs import Jobs, Stored, put_out, take_in
 from rin.client.site import Site, read_site
-from rin.client.training import check, limit_memory, local_steps, release_memory
+from rin.client.training import check, images_of, limit_memory, local_steps, release_memory
 from rin.common import egress, keys
-from rin.common.errors import RefusedError, RinError
+from rin.common.errors import DEVICE_STEPS, RefusedError, RinError, device_fault
 from rin.common.events import Events
 from rin.common.files import write_atomic, write_json
 from rin.common.labels import label_set_digest
@@ -116,13 +116,11 @@ class Trainer:
     def _train(
         self, request: Request, data: bytes, progress: Callable[[Progress], None], cancelled: Callable[[], str]
     ) -> Done:
-        from rin.client.data import TrainingData
-
         site, plan = read_site(self.home), policy.open_plan(data, request.plan)
         if request.site != site.site or request.round > plan.last_round:
             raise RefusedError("bad-request", "the request is for another site, or for a round beyond the plan")
-        split = "train" if site.archive.hold_out else None
-        images = TrainingData.open(self.home, labels=site.labels.rows(), split=split)
+        policy.check_start(plan, request.round, request.base)
+        images = images_of(self.home, site)
         self._agree(plan, request.plan, site, images.n_patients)
         stored = self.jobs.stored(request)
         if stored is None:
@@ -154,6 +152,7 @@ class Trainer:
         from rin.client.validation import measure
         from rin.common import weights
 
+        limit_memory(site)
         network, layout = self._network(request.plan, plan)
         base, update = self.jobs.base(request), self.jobs.update(request)
         self._room_for(2 * layout.file_bytes, site)
@@ -161,7 +160,6 @@ class Trainer:
         take_in(self.home.inbox, request.base, base, layout, between=wanted)
         weights.read_into(network, base, layout)
         wanted()
-        limit_memory(site)
         scores = measure(self.home, network, plan, site, cancelled)  # of the weights that came, before they are trained
         if request.round > plan.training.rounds:
             return self._figures_only(request, site, scores)
@@ -170,6 +168,7 @@ class Trainer:
             images,
             plan,
             site,
+            home=self.home,
             round=request.round,
             folder=self.jobs.folder(request),
             name=request.id,
@@ -323,12 +322,8 @@ def refusal_of(error: BaseException) -> RefusedError:
         return RefusedError(error.code, error.message, step=error.step)
     if isinstance(error, OSError) and error.errno in FULL:
         return RefusedError("disk-full", step="free some space; the coordinator asks again")
-    # torch's own class is not imported here; its CPU allocator raises a plain RuntimeError.
-    allocator = isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or allocator:
-        return RefusedError("memory", step="lower batch-size in the plan, or raise device.memory-gib")
-    if type(error).__name__ == "AcceleratorError":
-        return RefusedError("device", step="look at the GPU with nvidia-smi; the coordinator asks again")
+    if code := device_fault(error):
+        return RefusedError(code, step=DEVICE_STEPS[code])
     return RefusedError("internal", step="look into vault/log/trainer.jsonl")
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rin.client import parallel
 from rin.client.data import TrainingData
+from rin.client.home import Home
 from rin.client.site import Site
 from rin.common.errors import RefusedError
 from rin.common.plan import Plan
@@ -16,7 +18,14 @@ if TYPE_CHECKING:
     from rin.common.backbones import Network
     from rin.common.fit import FitResult
 
-SNAPSHOT = "snapshot.safetensors"  # its name in the folder of a round
+
+def images_of(home: Home, site: Site) -> TrainingData:
+    """What the site trains on: its training split, or everything where it holds nothing back.
+
+    Raises:
+        StateError: nothing was ingested, or the cache is shorter than the catalog says.
+    """
+    return TrainingData.open(home, labels=site.labels.rows(), split="train" if site.archive.hold_out else None)
 
 
 def local_steps(
@@ -25,6 +34,7 @@ def local_steps(
     plan: Plan,
     site: Site,
     *,
+    home: Home,
     round: int,
     folder: Path,
     name: str,
@@ -45,6 +55,9 @@ def local_steps(
     from rin.common import fit
     from rin.common.snapshots import Snapshots
 
+    if site.device.processes > 1:
+        job = parallel.Job(home=home.root, plan=plan, site=site, round=round, name=name)
+        return parallel.run(network, job, folder=folder, progress=progress, cancelled=cancelled)
     try:
         return fit.fit_round(
             network,
@@ -56,9 +69,10 @@ def local_steps(
             site=site.site,
             device=fit.pick_device(site.device.name),
             threads=site.device.threads,
+            compile=site.device.compile,
             progress=progress,
             cancelled=lambda: bool(cancelled()),
-            snapshots=Snapshots(folder / SNAPSHOT, name),
+            snapshots=Snapshots(folder / parallel.SNAPSHOT, name),
         )
     except RefusedError as error:
         if error.code == "cancelled":

@@ -58,7 +58,9 @@ def evaluate(
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         for start in range(0, len(data), EVAL_BATCH):
             images, found = data.batch(np.arange(start, min(start + EVAL_BATCH, len(data))))
-            logits.append(infer(module, images, device=device, cancelled=cancelled))
+            # Never more at once than in training: whoever cancels waits for a step at most.
+            size = min(EVAL_BATCH, plan.training.batch_size)
+            logits.append(infer(module, images, device=device, batch_size=size, cancelled=cancelled))
             labels.append(found)
     every, known = np.concatenate(logits), np.concatenate(labels)
     loss = LOSSES[plan.model.target](rows, exhaustive_rows)(torch.from_numpy(every), torch.from_numpy(known))

@@ -66,10 +66,12 @@ class Snapshots:
 
     Args:
         every: seconds between two snapshots, `EVERY` if None; 0 writes one after each step, whatever that costs.
+        writes: false where another process, which trains the same, writes them.
     """
 
-    def __init__(self, path: Path, name: str, *, every: float | None = None) -> None:
-        self._path, self._name, self._every = path, name, EVERY if every is None else every
+    def __init__(self, path: Path, name: str, *, every: float | None = None, writes: bool = True) -> None:
+        self._path, self._name, self._writes = path, name, writes
+        self._every = EVERY if every is None else every
         self._next = time.monotonic() + self._every
 
     def resume(self, held: Held) -> int:
@@ -87,7 +89,7 @@ class Snapshots:
     def after(self, step: int, held: Held) -> None:
         """Called after every step; writes when it is time. A full disk costs the snapshot, not the round."""
         begun = time.monotonic()
-        if begun < self._next:
+        if begun < self._next or not self._writes:
             return
         with contextlib.suppress(OSError):
             write_state(self._path, held.tensors(), {"name": self._name, "step": step})

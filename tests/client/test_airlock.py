@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import stat
@@ -18,6 +19,7 @@ import pytest
 from rin.client.airlock import Stub, serve
 from rin.client.home import Home
 from rin.client.trainer import Done, Progress, State, Trainer
+from rin.common import snapshots
 from rin.common.errors import RefusedError
 from rin.common.labels import label_set_digest
 from rin.common.wire import Request
@@ -224,6 +226,31 @@ def test_killed_in_its_middle_it_gives_the_same_update(small_site: Make, tmp_pat
     undisturbed = small_site(steps=40, name="undisturbed")
     request, plan = undisturbed.request(), undisturbed.plan_bytes
     assert Trainer(undisturbed.home).train(request, plan, lambda _: None, lambda: "") == done
+
+
+def test_cancel_takes_effect_at_once_and_the_same_request_goes_on(
+    small_site: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(snapshots, "EVERY", 0.0)
+    caplog.set_level(logging.INFO)
+    site, other, path = small_site(steps=12), small_site(steps=12, name="undisturbed"), tmp_path / "t.sock"
+    server = serve(Trainer(site.home), path)
+    call = Call(path, site.request(), site.plan_bytes, timeout=300.0)
+    while not (call.seen and call.seen[-1].step >= 3) and call.thread.is_alive():
+        time.sleep(0.01)
+    with Stub(path) as stub:
+        began = time.monotonic()
+        assert stub.cancel(site.request().id)
+        assert call.join().code == "cancelled"
+        took = time.monotonic() - began
+    again = Call(path, site.request(), site.plan_bytes, timeout=300.0).join()
+    server.stop(grace=None).wait()
+    resumed = [record.getMessage() for record in caplog.records if record.name == snapshots.__name__]
+    assert len(resumed) == 1
+    assert int(resumed[0].split()[-1]) >= 3
+    assert again.done == Trainer(other.home).train(other.request(), other.plan_bytes, lambda _: None, lambda: "")
+    print(f"cancelled after {took:.2f} s")
+    assert took < 2  # a step of this plan takes a tenth of a second, and its snapshot as long
 
 
 def test_a_second_trainer_of_a_home_says_so(small_site: Make, tmp_path: Path) -> None:

@@ -45,6 +45,15 @@ def test_a_plain_file_comes_in(inbox: tuple[Path, str], tmp_path: Path) -> None:
     assert (tmp_path / "base").read_bytes() == (folder / digest).read_bytes()
 
 
+def test_nobody_who_wants_it_any_more_ends_the_copying(inbox: tuple[Path, str], tmp_path: Path) -> None:
+    def between() -> None:
+        raise RefusedError("deadline")
+
+    with pytest.raises(RefusedError) as caught:
+        take_in(*inbox, tmp_path / "base", LAYOUT, between=between)
+    assert caught.value.code == "deadline"
+
+
 def link(path: Path) -> None:
     path.rename(path.with_name("other"))
     path.symlink_to(path.with_name("other"))

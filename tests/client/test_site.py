@@ -41,6 +41,7 @@ def test_the_default_policy_is_the_strictest() -> None:
         (f'[labels]\nexhaustive = ["{LABELS[0]}"]', "may only name declared labels"),
         ('[device]\nname = "tpu"', "device.name"),
         ("[device]\nthreads = 0", "device.threads"),
+        ('[device]\nname = "cuda:1"\nprocesses = 2', "is one GPU"),
         ('[coordinator]\naddress = "http://x"', "coordinator.address"),
         ("[polcy]", "unknown key 'polcy'"),
     ],

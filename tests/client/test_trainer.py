@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from rin.client.jobs import Jobs
+from rin.client.parallel import SNAPSHOT
 from rin.client.trainer import Done, Progress, Trainer, accepted_plans, refusal_of
-from rin.common import keys
+from rin.common import keys, snapshots
 from rin.common.errors import ConfigError, RefusedError
 from rin.common.events import read_events
 from rin.common.layout import file_digest
@@ -223,6 +225,37 @@ def test_the_work_ends_before_its_next_step(small_site: Make, code: str) -> None
     assert len(seen) == 3
 
 
+def test_a_round_cancelled_while_its_update_is_written_publishes_nothing_and_may_be_asked_again(
+    small_site: Make,
+) -> None:
+    site, seen = small_site(), list[Progress]()
+    request, plan = site.request(), site.plan_bytes
+    with pytest.raises(RefusedError) as caught:
+        Trainer(site.home).train(request, plan, seen.append, lambda: "cancelled" if seen and seen[-1].step == 8 else "")
+    assert caught.value.code == "cancelled"
+    assert not list(site.home.outbox.iterdir())
+    assert not Jobs(site.home).update(request).exists()
+    other = small_site(name="undisturbed")
+    assert train(site).update == train(other).update
+
+
+def test_what_a_superseded_round_kept_goes(small_site: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "EVERY", 0.0)
+    site, seen = small_site(), list[Progress]()
+    with pytest.raises(RefusedError):
+        Trainer(site.home).train(
+            site.request(1), site.plan_bytes, seen.append, lambda: "cancelled" if len(seen) == 2 else ""
+        )
+    folder = Jobs(site.home).folder(site.request(1))
+    assert (folder / SNAPSHOT).exists()
+    train(site, site.request(2))
+    assert not folder.exists()
+    assert sorted(path.name for path in Jobs(site.home).folder(site.request(2)).iterdir()) == [
+        "update.json",
+        "update.safetensors",
+    ]
+
+
 def test_an_accepted_plan_counts_only_under_its_own_digest(small_site: Make) -> None:
     site = small_site()
     (site.home.accepted / f"{'0' * 64}.toml").write_bytes(site.plan_bytes)
@@ -232,6 +265,7 @@ def test_an_accepted_plan_counts_only_under_its_own_digest(small_site: Make) -> 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), "device"),
         (OSError(errno.ENOSPC, "no space"), "disk-full"),
         (OSError(errno.EIO, "broken"), "internal"),
         (MemoryError(), "memory"),
@@ -246,10 +280,10 @@ def test_every_error_has_a_code(error: Exception, code: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_trainer_that_meets_its_memory_limit_says_so(small_site: Make) -> None:
+def test_a_trainer_that_meets_its_memory_limit_says_so_and_trains_once_it_is_raised(small_site: Make) -> None:
     site = small_site(plan="[limits]\n")
-    text = site.home.site_toml.read_text().replace('name = "cpu"', 'name = "cpu"\nmemory-gib = 0.4')
-    site.home.site_toml.write_text(text)
+    text = site.home.site_toml.read_text()
+    site.home.site_toml.write_text(text.replace('name = "cpu"', 'name = "cpu"\nmemory-gib = 0.4'))
     code = f"""
 from pathlib import Path
 from rin.client.home import Home
@@ -257,10 +291,14 @@ from rin.client.trainer import Trainer
 from rin.common.errors import RefusedError
 from rin.common.wire import Request, from_bytes
 request = from_bytes(Request, {site.request().to_bytes()!r})
+trainer = Trainer(Home(Path({str(site.home.root)!r})))
 try:
-    Trainer(Home(Path({str(site.home.root)!r}))).train(request, {site.plan_bytes!r}, lambda _: None, lambda: "")
+    trainer.train(request, {site.plan_bytes!r}, lambda _: None, lambda: "")
 except RefusedError as error:
     print(error.code)
+trainer.home.site_toml.write_text({text!r})
+print(trainer.train(request, {site.plan_bytes!r}, lambda _: None, lambda: "").update)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split()[-1:] == ["memory"], done.stderr
+    shutil.rmtree(site.home.jobs)
+    assert done.stdout.split()[-2:] == ["memory", train(site).update], done.stderr
