@@ -167,6 +167,7 @@ def fit_round(
     site: str,
     device: torch.device,
     threads: int,
+    compile: bool = False,
     progress: Callable[[int, int], None] = silent,
     cancelled: Callable[[], bool] = never,
     snapshots: Snapshots | None = None,
@@ -180,10 +181,11 @@ def fit_round(
     Args:
         data: the training images that carry a declared label.
         rows, exhaustive_rows: head rows of the site's declared and of its exhaustive labels.
+        compile: see `fit`.
         ranks: this process among several that do the work together, each on a `device` of its own.
 
     Raises:
-        RefusedError: no-data, cancelled, not-finite or memory.
+        RefusedError: no-data, cancelled, not-finite, memory or device.
     """
     if len(data) == 0:
         raise RefusedError("no-data")
@@ -216,6 +218,7 @@ def fit_round(
         device=device,
         key=layers,
         count=goal.count if ranks is None else None,  # ranks would have to agree on the parts
+        compile=compile,
         adjust=adjust,
         progress=progress,
         cancelled=cancelled,

@@ -13,6 +13,7 @@ from rin.common.batches import Order, augment, sampled, seeded
 from rin.common.errors import RefusedError
 from rin.common.evaluate import evaluate
 from rin.common.fit import fit, fit_round, infer, pick_device, settle
+from rin.common.heads import Single
 from rin.common.labels import label_set_digest
 from rin.common.plan import Plan
 from rin.common.recipe import Recipe, recipe_of
@@ -228,3 +229,26 @@ def test_layout_survives_training_in_channels_last() -> None:
 def test_device_names() -> None:
     assert pick_device("cpu") == CPU
     assert pick_device("auto").type in ("cpu", "cuda")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_alike_and_one_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(CPU, 1)
+    draw = seeded("compiled")
+    inputs, labels = torch.rand(8, 1, 9, 9, generator=draw), torch.eye(5).bool()[torch.arange(8) % 5]
+
+    def run(width: int, *, compile: bool) -> tuple[float, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width * 49, 5))
+        goal, recipe = Single(range(5)), Recipe(steps=5, learning_rate=0.05)
+        loss = fit(net, lambda at: [(inputs, labels)] * 5, goal, recipe, device=CPU, key=("c",), compile=compile)
+        return loss, net.state_dict()
+
+    (loss, state), (other, compiled) = run(8, compile=False), run(8, compile=True)
+    assert loss == pytest.approx(other, rel=1e-2)  # bf16 is rounded in other places
+    assert list(state) == list(compiled)
+    torch.testing.assert_close(state, compiled, rtol=1e-2, atol=1e-2)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    with pytest.raises(RefusedError) as caught:
+        run(6, compile=True)
+    assert caught.value.code == "device"
