@@ -47,6 +47,11 @@ class Home:
         return self.root / "vault" / "jobs"
 
     @property
+    def norms(self) -> Path:
+        """Per run: the site's own norm layers, where the plan says local-norms."""
+        return self.root / "vault" / "norms"
+
+    @property
     def accepted(self) -> Path:
         """Plans that a person accepted: `<digest>.toml` and `<digest>.json` (who, when)."""
         return self.root / "vault" / "accepted"

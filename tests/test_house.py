@@ -24,6 +24,8 @@ TENSOR = {
     "heads",
     "fit",
     "gradients",
+    "augment",
+    "ema",
     "recipe",
     "evaluate",
     "weights",
@@ -32,6 +34,7 @@ TENSOR = {
     "freeze",
     "norms",
     "parallel",
+    "checkpoint",
 }
 HEAVY = {"torch", "torchvision", "timm", "flwr", "opacus"}
 # One adapter per dependency: who may import it anywhere in the file.
