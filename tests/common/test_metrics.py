@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rin.common.labels import label_index, label_set
-from rin.common.metrics import auc, dice, macro_auc, top_counts
+from rin.common.metrics import auc, dice, log_softmax, macro_auc, outcomes, top_counts
 
 
 def test_top_counts_look_at_declared_rows_only() -> None:
@@ -10,6 +10,26 @@ def test_top_counts_look_at_declared_rows_only() -> None:
     labels = np.array([[0, 1, 0], [0, 1, 0], [1, 1, 0]], dtype=bool)
     assert top_counts(logits, labels, (0, 1)) == {"top1": 2, "top5": 3, "images": 3}
     assert top_counts(logits, labels, (0, 1, 2)) == {"top1": 0, "top5": 3, "images": 3}
+
+
+def test_outcomes_are_the_declared_rows_only() -> None:
+    logits = np.array([[0.1, 0.9, 5.0], [0.8, 0.2, 5.0], [0.3, 0.4, 5.0]])
+    labels = np.array([[0, 1, 0], [0, 1, 1], [1, 0, 0]], dtype=bool)
+    found = outcomes(logits, labels, (0, 1), np.arange(3))
+    assert found.predicted.tolist() == [1, 0, 1]
+    assert found.place.tolist() == [0, 1, 1]
+    assert found.labels.tolist() == [[False, True, False], [False, True, False], [True, False, False]]
+    assert found.rows == (0, 1)
+    counts = top_counts(logits, labels, (0, 1))
+    assert counts["top1"] == (found.place == 0).sum() and counts["top5"] == (found.place < 5).sum()
+
+
+def test_the_softmax_is_over_declared_rows() -> None:
+    logits = np.array([[1.0, 2.0, 300.0], [-1000.0, 1000.0, 0.0]], np.float32)
+    found = np.exp(log_softmax(logits, (0, 1)))
+    assert found.sum(1).tolist() == pytest.approx([1.0, 1.0])
+    assert found[:, 2].tolist() == [0.0, 0.0]
+    assert found[0, 1] / found[0, 0] == pytest.approx(np.e)
 
 
 def test_auc_counts_ties_as_half() -> None:

@@ -12,10 +12,12 @@ from rin.common.events import Events
 from rin.common.files import lock
 from rin.common.labels import label_set_digest
 from rin.common.plan import plan_digest
+from rin.common.scores import GroupScores, groups
 from rin.server import consortium
-from rin.server.record import Counted, Failure, Record, write_record
+from rin.server.record import Counted, Failure, Record, read_record, write_record
 from rin.server.rundir import RunDir
 from rin.server.status import print_status, status
+from rin.server.validation import summed
 
 
 @pytest.fixture
@@ -42,6 +44,25 @@ def test_status_counts_updates_and_refusals(run: RunDir, capsys: pytest.CaptureF
     assert facts["rounds"][0]["missing"] == ["siteB"]
     print_status(facts)
     assert "disk-full 2" in capsys.readouterr().out
+
+
+def test_figures_on_held_out_patients_are_shown(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(run)["validation"] is None
+    base = read_record(run, 1)
+    assert base is not None
+    row = groups()["US", "usthyroid"][0].index
+    figures = {"modality": "US", "anatomy": "usthyroid", "images": 80, "top1": 40, "positives": ((row, 50),)}
+    sent = summed({"siteA": (GroupScores(**figures, hits=((row, 20),)),)}, {"siteA": (row,)}, {"siteA": 1.0})
+    for number in (1, 2, 3, 4):
+        write_record(run, base.with_(round=number, state="closed", validation=sent if number != 4 else None))
+    facts = status(run)
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["validation"]["checkpoint"] == 2
+    assert facts["validation"]["figures"]["groups"][0]["top1"] == {"right": 40, "of": 80, "rough": 0}
+    print_status(facts)
+    shown = capsys.readouterr().out
+    assert "3 of 3 rounds closed" in shown and "closing" in shown
+    assert "checkpoint 2" in shown and "50.0 %" in shown and "40.0 %" in shown
 
 
 def test_a_held_lock_means_running(run: RunDir) -> None:
