@@ -44,10 +44,14 @@ class Copies:
     def put(self, path_key: bytes, image: int, labels: Sequence[int], split: str) -> None:
         """A file holds `image` and says this about it, instead of what it said before."""
         self._db.execute("DELETE FROM copies WHERE path_key = ?", (path_key,))
+        self.put_first(path_key, image, labels, split)
+        self._settle(image)
+
+    def put_first(self, path_key: bytes, image: int, labels: Sequence[int], split: str) -> None:
+        """The same of a new file and a new image, which has these labels and this split already."""
         rank = SPLITS.index(split)
         rows = [(path_key, label, rank, image) for label in labels]
         self._db.executemany("INSERT INTO copies VALUES (?, ?, ?, ?)", rows)
-        self._settle(image)
 
     def leave(self, path_key: bytes) -> None:
         """Take a file's word back, and hand the image that it owns on to another file that holds it."""

@@ -36,7 +36,7 @@ class Pseudonyms:
         """One SOP instance; computable again from its UID, for deletion."""
         return self.of("instance", identity.instance)
 
-    def path(self, path: Path) -> bytes:
+    def path(self, path: Path | str) -> bytes:
         """One file, by its absolute path."""
         return self.of("path", os.fsencode(path))
 

@@ -65,6 +65,12 @@ def _classes() -> dict[Place, int]:
     return found | {Place("US", "", place.finding): index for place, index in found.items() if place.modality == "US"}
 
 
+@functools.cache
+def _anatomies() -> frozenset[tuple[str, str]]:
+    return frozenset((label.modality, label.anatomy) for label in label_set())
+
+
+@functools.lru_cache(4096)
 def label_of(place: Place) -> int | None:
     """The label index of a class folder; None if the label set does not know it. Names are opaque: typos count."""
     classes, short = _classes(), place.finding.partition("-")[0]
@@ -73,15 +79,17 @@ def label_of(place: Place) -> int | None:
     return classes.get(Place(place.modality, place.anatomy, short))
 
 
+@functools.lru_cache(4096)
 def listed_label_of(place: Place, name: str) -> int | None:
     """The label index of a listed name, `<anatomy>-<class>`, a bare class or a full name, for a file at `place`."""
     index = label_index().get(name)
     if index is not None and label_set()[index].modality == place.modality:
         return index
     prefix, _, finding = name.partition("-")
-    own = {each.anatomy for each in _classes() if each.modality == place.modality} - {""}
     return label_of(
-        Place(place.modality, prefix, finding) if prefix in own else Place(place.modality, place.anatomy, name)
+        Place(place.modality, prefix, finding)
+        if (place.modality, prefix) in _anatomies()
+        else Place(place.modality, place.anatomy, name)
     )
 
 
@@ -200,7 +208,7 @@ class RadImageNet:
                 index = listed_label_of(place, label)
                 if index is None:
                     _count(self._of_lists, f"{place.modality}/{label}")
-                yield run.names.path(self._base / relative), UNKNOWN if index is None else index, rank
+                yield run.names.path(f"{self._base}/{relative}"), UNKNOWN if index is None else index, rank
 
 
 def _finish(run: Run, item: Item, labels: tuple[int, ...], split: str | None, job: Future[Outcome]) -> None:
@@ -221,7 +229,7 @@ def _finish(run: Run, item: Item, labels: tuple[int, ...], split: str | None, jo
         run.close(item, Counter({"duplicate-pixels": 1}), accepted=0)
         return
     image = run.add(item, _row(run, sha, digest, labels, split, outcome.layout, picture.policy), picture.pixels)
-    copies.put(item.key, image, labels, split)
+    copies.put_first(item.key, image, labels, split)
     run.close(item, Counter(), accepted=1)
 
 
@@ -237,12 +245,12 @@ def _say(run: Run, item: Item, labels: tuple[int, ...], split: str) -> None:
 def _row(
     run: Run, sha: bytes, digest: bytes, labels: tuple[int, ...], split: str, layout: Layout, policy: str
 ) -> ImageRow:
-    label, names = label_set()[labels[0]], run.names
+    label, own = label_set()[labels[0]], run.names.of("image", sha)
     return ImageRow(
-        patient=names.of("patient", sha),
-        study=names.of("study", sha),
-        series=names.of("series", sha),
-        instance=names.of("instance", sha),
+        patient=own,
+        study=own,
+        series=own,
+        instance=own,
         frame=1,
         modality=label.modality,
         anatomy=label.anatomy,
@@ -255,7 +263,7 @@ def _row(
         photometric=layout.photometric,
         syntax=layout.syntax,
         lossy=False,
-        labels=(),
+        labels=labels,
     )
 
 

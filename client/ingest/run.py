@@ -135,7 +135,8 @@ class Run:
                 continue
             under_way.append(item)
             frames += item.frames
-            while under_way and (len(under_way) > self.ahead or frames > _AHEAD_FRAMES):
+            keep = self.ahead if len(under_way) <= self.ahead else self.ahead // 2  # in bursts: each wait costs
+            while under_way and (len(under_way) > keep or frames > _AHEAD_FRAMES):
                 frames -= under_way[0].frames
                 self._finish(under_way.popleft())
         while under_way:

@@ -48,11 +48,12 @@ def _walk(folder: Path, prefix: str, leave_out: Path) -> Iterator[Found]:
         return
     try:
         with os.scandir(folder) as entries:
-            listed = sorted(entries, key=lambda entry: entry.name)
+            listed = sorted(entries, key=lambda entry: entry.name, reverse=True)
     except OSError:
         yield Found(folder, prefix.rstrip("/"), -1, 0)
         return
-    for entry in listed:
+    while listed:
+        entry = listed.pop()  # and what it remembers of its file: a folder may hold 100,000
         path = folder / entry.name
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(path, f"{prefix}{entry.name}/", leave_out)

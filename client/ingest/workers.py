@@ -163,7 +163,7 @@ class _Worker:
             while not isinstance(message := self._receive(self._timeout_s), Outcome):
                 pictures.append(message)
             _, future = pending.popleft()
-            future.set_result(replace(message, pictures=tuple(pictures)))
+            future.set_result(replace(message, pictures=(*pictures, *message.pictures)))
 
     @property
     def alive(self) -> bool:
@@ -216,8 +216,7 @@ def _work(pipe: Connection, job: Job) -> None:
     try:
         if job.png:
             layout, picture = read_png(job.path)
-            pipe.send(picture)
-            outcome = Outcome(layout=layout)
+            outcome = Outcome(pictures=(picture,), layout=layout)  # one message: a pipe costs more than its bytes
         elif job.modality:
             for picture in pictures(job.path, modality=job.modality, frames=job.frames, header=job.header):
                 pipe.send(picture)

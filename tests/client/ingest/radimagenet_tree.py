@@ -113,9 +113,9 @@ def write_tree(parent: Path, *, images: int = 2, side: int = 224) -> Tree:
 
 def add_traps(tree: Tree) -> dict[str, str]:
     """Everything that the published data, or somebody else's copy of it, can hold; returns file to expected reason."""
-    grey = scan(1_000_001)
+    grey = scan(9_000_001)
     palette = chunk(b"PLTE", bytes(255 - level for level in range(256) for _ in range(3)))
-    whole = png(scan(1_000_002))
+    whole = png(scan(9_000_002))
     reasons: dict[str, str] = {}
 
     def bad(name: str, data: bytes, reason: str, split: str | None = "train", label: str | None = None) -> None:
@@ -141,13 +141,13 @@ def add_traps(tree: Tree) -> dict[str, str]:
     bad("CT/abd/normal/empty.png", b"", "empty")
     bad("CT/abd/normal/not.png", b"GIF89a, whatever its name says", "not-png")
     # names
-    bad("CT/abd/tumour/x.png", png(scan(1_000_003)), "unmapped-label")
-    bad("CT/abd/Normal/x.png", png(scan(1_000_004)), "unmapped-label")
-    bad("MR/abd/normal/x.png", png(scan(1_000_005)), "unmapped-label")
-    bad("US/normal-variant/x.png", png(scan(1_000_006)), "unmapped-label")
-    bad("CT/abd/deep/er/x.png", png(scan(1_000_007)), "outside-layout", split=None)
-    bad("CT/x.png", png(scan(1_000_008)), "outside-layout", split=None)
-    bad("XR/chest/normal/x.png", png(scan(1_000_009)), "outside-layout")
+    bad("CT/abd/tumour/x.png", png(scan(9_000_003)), "unmapped-label")
+    bad("CT/abd/Normal/x.png", png(scan(9_000_004)), "unmapped-label")
+    bad("MR/abd/normal/x.png", png(scan(9_000_005)), "unmapped-label")
+    bad("US/normal-variant/x.png", png(scan(9_000_006)), "unmapped-label")
+    bad("CT/abd/deep/er/x.png", png(scan(9_000_007)), "outside-layout", split=None)
+    bad("CT/x.png", png(scan(9_000_008)), "outside-layout", split=None)
+    bad("XR/chest/normal/x.png", png(scan(9_000_009)), "outside-layout")
     # links: to a file they count as what they name, to nothing they are unreadable
     link = tree.root / "CT/abd/normal/link.png"
     link.symlink_to(tree.root / "CT/abd/normal/a-first.png")

@@ -11,24 +11,31 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rin.client import policy
 from rin.client.data import TrainingData
 from rin.client.home import Home
 from rin.client.ingest.cache import map_shards
 from rin.client.ingest.pipeline import IngestReport, explain, ingest
 from rin.client.ingest.radimagenet import label_of, listed_label_of, listed_path, place_of
 from rin.client.ingest.report import PATIENTS_WARNING
+from rin.client.site import read_site
 from rin.client.status import status
-from rin.common.errors import ConfigError, StateError
+from rin.client.trainer import Trainer
+from rin.common.errors import ConfigError, RefusedError, StateError
 from rin.common.labels import label_index, label_set
 from tests.client.ingest.radimagenet_tree import CLASSES, Tree, add_traps, png, scan, write_tree
+
+if TYPE_CHECKING:
+    from tests.client.conftest import SmallSite
 
 INDEX = label_index()
 
@@ -275,6 +282,34 @@ def test_nobody_can_take_images_for_patients(tree: Tree, home: Home) -> None:
     assert not data.patients_known
     assert data.n_patients == 1  # what policy.min-patients is compared with
     assert TrainingData.open(home, labels=[], split="train").n_patients == 0
+
+
+def test_the_floor_of_patients_wants_a_persons_word(small_site: Callable[..., SmallSite]) -> None:
+    """60 images of unknown patients are no 20 patients; a person may say that one is enough."""
+    site = small_site(patients=30)
+    with sqlite3.connect(site.home.catalog) as db:
+        db.execute("INSERT INTO meta VALUES ('patients', 'unknown')")
+    db.close()
+    with pytest.raises(RefusedError) as refused:
+        Trainer(site.home).train(site.request(), site.plan_bytes, lambda _: None, lambda: "")
+    assert refused.value.code == "policy"
+    assert "1 patients are in training here, this site wants 20" in refused.value.message
+    site.home.site_toml.write_text(site.home.site_toml.read_text() + "min-patients = 1\n")
+    settings, digest = read_site(site.home), site.request().plan
+    data = TrainingData.open(site.home, labels=settings.labels.rows(), split="train")
+    assert policy.check(site.plan, digest, settings, {digest}, patients=data.n_patients) == []
+
+
+def test_a_site_file_may_say_all_of_it(tree: Tree, home: Home) -> None:
+    tree.write_lists()
+    home.site_toml.parent.mkdir(parents=True)
+    lists = ", ".join(f'"{path}"' for path in tree.lists)
+    home.site_toml.write_text(
+        f'site = "S"\n[archive]\nroots = ["{tree.root}"]\nlayout = "radimagenet"\ncsv = [{lists}]\n'
+    )
+    command = [sys.executable, "-m", "rin.client.cli", "ingest", "--home", str(home.root), "--json"]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (told["accepted"], told["patients"], told["facts"]["missing"]) == (len(tree.labels), "unknown", 0)
 
 
 def test_a_home_has_one_layout(tree: Tree, home: Home) -> None:
