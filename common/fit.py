@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from rin.common.backbones import Network
-from rin.common.batches import Data, sampled, seed_of
+from rin.common.batches import Balanced, Batches, Data, Labelled, Order, mixed, sampled, seed_of
+from rin.common.ema import Average
 from rin.common.errors import CODES, DEVICE_STEPS, RefusedError, device_fault
 from rin.common.freeze import frozen
 from rin.common.gradients import Count, Gradients
-from rin.common.heads import LOSSES, Loss
+from rin.common.heads import Loss, Multi, Single, log_prior
 from rin.common.parallel import Ranks
 from rin.common.plan import MetricName, Plan, Training
 from rin.common.recipe import Recipe, Stepper, recipe_of
@@ -29,8 +30,6 @@ from rin.common.snapshots import Held, Snapshots
 from rin.common.weights import all_finite
 
 log = logging.getLogger(__name__)
-
-Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # the batches from a step on
 
 CHECK_EVERY: Final = 50  # steps between two looks at whether the loss is finite: a look waits for a GPU
 EVAL_BATCH: Final = 256
@@ -135,7 +134,9 @@ def fit(
         forward = torch.compile(module, dynamic=False) if compile else module
         gradients = Gradients(module, forward, loss, count, sums.values(), device=device, half=half_precision(device))
         total = torch.zeros((), device=device)
-        held = Held(module, stepper.optimizer, {"loss": total, "parts": gradients.parts, **sums})
+        average = Average(module, recipe.ema) if recipe.ema else None
+        means = average.tensors if average else {}
+        held = Held(module, stepper.optimizer, {"loss": total, "parts": gradients.parts, **sums, **means})
         first = 0 if snapshots is None else snapshots.resume(held)
         stream = iter(batches(first))
         for step in range(first, recipe.steps):
@@ -145,11 +146,15 @@ def fit(
             if adjust is not None:
                 adjust()
             stepper(step)
+            if average is not None:
+                average.after(step + 1)
             if (step + 1) % CHECK_EVERY == 0 and not math.isfinite(total.item()):
                 raise RefusedError("not-finite")
             if snapshots is not None:
                 snapshots.after(step + 1, held)
             progress(step + 1, recipe.steps)
+        if average is not None and recipe.steps:
+            average.settle()
         if not (math.isfinite(total.item()) and all_finite(module)):
             raise RefusedError("not-finite")
     return total.item() / max(1, recipe.steps)
@@ -194,17 +199,9 @@ def fit_round(
     module.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     kept = {p: p.detach().clone() for p in module.head.parameters()}
     key = (plan.training.seed, site, round)
-    batches = partial(
-        sampled,
-        data.batch,
-        len(data),
-        batch_size=plan.training.batch_size,
-        key=key,
-        size=module.image_size,
-        device=device,
-    )
-    goal, trained, layers = LOSSES[plan.model.target](rows, exhaustive_rows), module, key
-    loss: Loss = goal
+    goal = goal_of(plan, data, rows, exhaustive_rows)
+    batches = _batches(plan, data, goal, key, size=module.image_size, device=device)
+    trained, layers, loss = module, key, goal
     if ranks is not None:
         loss = ranks.loss(goal, goal.count)
         batches, trained, layers = ranks.slices(batches), ranks.wrapped(module), (*key, ranks.rank)
@@ -231,6 +228,36 @@ def fit_round(
         for parameter, before in kept.items():
             parameter[undeclared] = before[undeclared]  # weight decay moved them
     return FitResult(plan.training.local_steps, {"loss": mean, **tally.counts(plan.training)})
+
+
+def goal_of(plan: Plan, data: Data, rows: Sequence[int], exhaustive_rows: Sequence[int]) -> Single | Multi:
+    """The loss that the plan's training takes over the declared rows."""
+    training = plan.training
+    if plan.model.target == "multi":
+        return Multi(rows, exhaustive_rows, smoothing=training.label_smoothing)
+    offsets = None
+    if training.logit_adjustment:
+        known = _labelled(data)
+        offsets = training.logit_adjustment * log_prior(known.label_offsets, known.label_indices, rows)
+    return Single(rows, smoothing=training.label_smoothing, offsets=offsets)
+
+
+def _batches(
+    plan: Plan, data: Data, goal: Single | Multi, key: tuple[str | int, ...], *, size: int, device: torch.device
+) -> Batches:
+    """The batches of a round, as a function of the step."""
+    training = plan.training
+    order = Order(len(data), training.batch_size, key)
+    if training.sampling == "balanced":
+        order = Balanced(_labelled(data), training.batch_size, key)
+    plain = partial(sampled, data.batch, order, key=key, size=size, device=device, options=plan.augment)
+    return mixed(plain, goal.soft, training.mixup, key) if training.mixup else plain
+
+
+def _labelled(data: Data) -> Labelled:
+    if not isinstance(data, Labelled):
+        raise TypeError("this sampling or loss needs data that knows its labels")
+    return data
 
 
 class Tally:

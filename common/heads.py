@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,6 +98,20 @@ class Multi:
         chosen = logits.index_select(1, self._columns.to(logits.device)).float()
         each = weights[:, 0] * F.softplus(-chosen) + weights[:, 1] * F.softplus(chosen)
         return each.sum() / weights.sum().clamp(min=TINY)
+
+
+def log_prior(
+    label_offsets: npt.NDArray[np.int64], label_indices: npt.NDArray[np.int64], rows: Sequence[int]
+) -> Tensor:
+    """Log of the share (rows,) of each declared row among a site's images; a row without any counts as one image.
+
+    Args:
+        label_offsets, label_indices: see `rin.common.batches.Labelled`; an image counts evenly for each of its labels.
+    """
+    labels = np.diff(label_offsets)
+    counts = np.bincount(label_indices, np.repeat(1 / np.maximum(labels, 1), labels), minlength=max(rows) + 1)
+    declared = np.maximum(counts[list(rows)], 1.0)
+    return torch.from_numpy(np.log(declared / declared.sum())).float()
 
 
 def _largest(shares: Tensor) -> Tensor:

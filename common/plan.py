@@ -52,6 +52,12 @@ class Model(Table):
     image_size: Annotated[int, Field(ge=32, le=512)] = 224  # pixels a side that it sees; left out: the backbone's own
     normalisation: Literal["symmetric", "imagenet"] = "symmetric"  # see rin.common.backbones.NORMALISATIONS
     target: Literal["single", "multi"] = "single"  # softmax over declared labels, or one sigmoid a label
+    # Empty: random weights of training.seed; else the hex SHA-256 of the tensor bytes of the weights that round 1 starts
+    # from, in the layout of the wire.
+    start: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    local_norms: bool = (
+        False  # FedBN (Li et al. 2021): each site trains on with its own norm layers; see rin.client.norms
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -82,8 +88,27 @@ class Training(Table):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     schedule: Literal["constant", "cosine"] = "cosine"  # over all rounds, not within one
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # of the whole federated run
+    max_gradient_norm: Annotated[float, Field(ge=0)] = 0.0  # L2 over all gradients of a step; 0: they are not clipped
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of a target spread over the declared labels
+    sampling: Literal["uniform", "balanced"] = "uniform"  # "balanced": a label first, then one of its images
+    logit_adjustment: Annotated[float, Field(ge=0, le=4)] = 0.0  # tau of Menon et al. 2021, by the site's own counts
+    mixup: Annotated[float, Field(ge=0, le=8)] = 0.0  # alpha of Zhang et al. 2018; 0: images are not mixed
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the mean of a round's weights; 0: its last weights
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     freeze: Literal["none", "head", "top10"] = "none"  # what stays as it came; see rin.common.freeze
+
+
+class Augment(Table):
+    """How training images are changed at every step; see rin.common.augment."""
+
+    flip: Literal["anatomy", "always", "never"] = "anatomy"  # left-right, half of them; "anatomy": no organ has a side
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0625  # largest, in sides, both ways
+    zoom: Annotated[float, Field(ge=0, le=0.9)] = 0.0  # largest, both ways
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0  # largest, in degrees both ways
+    brightness: Annotated[float, Field(ge=0, lt=1)] = 0.15  # largest change of the gain, both ways
+    window: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # CT: largest move of the window's lower edge, in widths
+    gamma: Annotated[float, Field(ge=0, le=2)] = 0.0  # MR, US: largest log of the exponent, both ways
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of images that lose a rectangle
 
 
 class Strategy(Table):
@@ -140,6 +165,7 @@ class Plan(Table):
     metrics: tuple[FigureName, ...] = ("loss", "top1", "top5", "images")
     model: Model = Model()
     training: Training
+    augment: Augment = Augment()
     strategy: Strategy = Strategy()
     limits: Limits = Limits()
     privacy: Privacy = Privacy()
@@ -158,6 +184,10 @@ class Plan(Table):
             raise ValueError(f"limits.quorum: {self.limits.quorum} of {len(self.sites)} sites can never be reached")
         if self.limits.min_sites > self.limits.quorum:
             raise ValueError("limits.quorum: must be at least limits.min-sites")
+        if self.training.logit_adjustment and self.model.target != "single":
+            raise ValueError('training.logit-adjustment: needs model.target = "single"')
+        if self.training.logit_adjustment and self.training.sampling == "balanced":
+            raise ValueError("training.logit-adjustment: balanced sampling has done that already; choose one of them")
         if {"confusion", "auc"} & set(self.metrics) and "validation" not in self.metrics:
             raise ValueError("metrics: confusion and auc come with validation only")
         return self

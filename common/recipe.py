@@ -25,6 +25,8 @@ class Recipe:
     warmup_steps: int = 0
     first_step: int = 0
     total_steps: int = 0  # 0: `first_step + steps`
+    max_gradient_norm: float = 0.0  # L2 over all gradients; 0: they are not clipped
+    ema: float = 0.0  # decay of the mean of the weights that the stretch ends with; 0: the last ones
 
     def rate(self, step: int) -> float:
         """Learning rate of the local step `step` (from 0): linear warm-up, then constant or half a cosine to 0."""
@@ -50,6 +52,8 @@ def recipe_of(plan: Plan, round: int) -> Recipe:
         warmup_steps=training.warmup_steps,
         first_step=(round - 1) * training.local_steps,
         total_steps=training.rounds * training.local_steps,
+        max_gradient_norm=training.max_gradient_norm,
+        ema=training.ema,
     )
 
 
@@ -75,6 +79,8 @@ class Stepper:
 
     def __call__(self, step: int) -> None:
         """Move the parameters by their gradients, at the rate of the local step `step`."""
+        if self._recipe.max_gradient_norm:
+            nn.utils.clip_grad_norm_([parameter for parameter, _ in self._pairs], self._recipe.max_gradient_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._recipe.rate(step)
         for parameter, view in self._pairs:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rin.common.backbones import Network, initial
-from rin.common.batches import Order, augment, sampled, seeded
+from rin.common.batches import seeded
 from rin.common.errors import RefusedError
 from rin.common.evaluate import evaluate
 from rin.common.fit import fit, fit_round, infer, pick_device, settle
@@ -23,7 +23,12 @@ CPU = torch.device("cpu")
 ROWS = (3, 7, 20)
 
 
-def plan(strategy: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **training: Any) -> Plan:
+def plan(
+    strategy: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    augment: dict[str, Any] | None = None,
+    **training: Any,
+) -> Plan:
     changed = {key.replace("_", "-"): value for key, value in training.items()}
     return Plan.model_validate(
         {
@@ -34,6 +39,7 @@ def plan(strategy: dict[str, Any] | None = None, model: dict[str, Any] | None = 
             "model": {"backbone": "resnet18", "image-size": 32, **(model or {})},
             "training": {"rounds": 4, "local-steps": 3, "batch-size": 8, "learning-rate": 0.02, **changed},
             "strategy": strategy or {},
+            "augment": augment or {},
         }
     )
 
@@ -49,6 +55,7 @@ class Stripes:
         self.pixels = (grids[kind] + rng.uniform(0, 100, (n, 32, 32))).clip(0, 255).astype(np.uint8)
         self.labels = np.zeros((n, 165), bool)
         self.labels[np.arange(n), np.array(ROWS)[kind]] = True
+        self.label_offsets, self.label_indices = np.arange(n + 1), np.array(ROWS)[kind]
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -121,6 +128,70 @@ def test_fedprox_holds_the_weights_back() -> None:
     assert moved(plan({"name": "fedprox", "mu": 10.0}, local_steps=8)) < 0.9 * free
 
 
+EVERYTHING: dict[str, Any] = {
+    "max_gradient_norm": 1.0,
+    "label_smoothing": 0.1,
+    "sampling": "balanced",
+    "mixup": 0.4,
+    "ema": 0.5,
+    "augment": {"zoom": 0.1, "rotation": 10.0, "window": 0.1, "gamma": 0.2, "erase": 0.3},
+}
+
+
+@pytest.mark.parametrize("target", ["single", "multi"])
+def test_every_option_together_is_bit_identical_and_keeps_undeclared_rows(target: str) -> None:
+    p = plan(model={"target": target}, **EVERYTHING, weight_decay=0.1)
+    first = trained(p, Stripes(30), exhaustive_rows=ROWS)
+    assert same(first, trained(p, Stripes(30), exhaustive_rows=ROWS))
+    others = [row for row in range(165) if row not in ROWS]
+    assert torch.equal(first.head.weight[others], initial(p.model, 0).head.weight[others])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_gradient_norm": 0.1},
+        {"label_smoothing": 0.1},
+        {"sampling": "balanced"},
+        {"logit_adjustment": 1.0},
+        {"mixup": 0.4},
+        {"ema": 0.5},
+        {"augment": {"brightness": 0.0}},
+    ],
+)
+def test_every_option_of_the_plan_reaches_the_steps(option: dict[str, Any]) -> None:
+    uneven = Stripes(30)
+    uneven.label_indices = np.array([ROWS[0]] * 20 + [ROWS[1]] * 9 + [ROWS[2]])
+    usual, other = (trained(plan(local_steps=2, **chosen), uneven) for chosen in ({}, option))
+    assert not same(usual, other)
+
+
+def test_a_mean_of_weights_is_what_the_round_ends_with() -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    p, net = plan(ema=0.5), initial(plan().model, 0)
+
+    def keep(done: int, steps: int) -> None:
+        seen.append({name: value.clone() for name, value in net.state_dict().items()})
+
+    fit_round(net, Stripes(30), p, rows=ROWS, round=1, site="siteA", device=CPU, threads=1, progress=keep)
+    for name in ("backbone.conv1.weight", "backbone.bn1.running_mean"):
+        mean = (0.25 * seen[0][name] + 0.5 * seen[1][name] + seen[2][name]) / 1.75
+        torch.testing.assert_close(net.state_dict()[name], mean)
+
+
+def test_clipped_gradients_move_the_weights_by_the_norm() -> None:
+    settle(CPU, 1)
+    net = nn.Linear(2, 2)
+    before = [p.detach().clone() for p in net.parameters()]
+    recipe = Recipe(
+        steps=1, learning_rate=1.0, momentum=0.0, weight_decay=0.0, schedule="constant", max_gradient_norm=0.5
+    )
+    stream = [(torch.ones(4, 2), torch.zeros(4))]
+    fit(net, lambda first: stream, lambda out, _: out.sum() * 100, recipe, device=CPU, key=("a test",))
+    moved = sum(float((p - old).detach().pow(2).sum()) for p, old in zip(net.parameters(), before, strict=True))
+    assert math.sqrt(moved) == pytest.approx(0.5, rel=1e-4)
+
+
 def test_cancelled_within_one_step() -> None:
     seen: list[tuple[int, int]] = []
     with pytest.raises(RefusedError) as caught:
@@ -162,53 +233,6 @@ def test_fit_decays_weights_but_not_biases(optimizer: str) -> None:
     fit(net, lambda first: zeros, lambda out, _: out.sum() * 0.0, chosen, device=CPU, key=("a test",))
     torch.testing.assert_close(net.weight.detach(), before[0] * 0.95)
     assert torch.equal(net.bias, before[1])
-
-
-def test_order_visits_everything_once_an_epoch() -> None:
-    order = Order(10, 4, ("x",))
-    seen = np.concatenate([order(step) for step in range(5)])
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert not np.array_equal(seen[:10], seen[10:])
-    assert np.array_equal(Order(10, 4, ("x",))(3), seen[12:16])  # a batch does not need the ones before it
-    assert np.array_equal(Order(3, 8, ("x",))(0)[:6], np.concatenate([Order(3, 3, ("x",))(i) for i in range(2)]))
-
-
-def test_augment_moves_a_mask_with_its_image() -> None:
-    image = torch.zeros(16, 1, 64, 64)
-    image[:, :, 10:30, 5:20] = torch.rand(20, 15, generator=seeded("pixels")) * 0.5 + 0.25
-    moved = augment(torch.cat([image, (image > 0).float()], dim=1), seeded("a"))
-    assert moved.shape == (16, 2, 64, 64)
-    bright, mask = moved[:, 0], moved[:, 1]
-    assert torch.equal(bright > 0, mask == 1)  # nothing is smoothed, black stays black
-    assert (mask.sum((1, 2)) == 300).all()
-    gains = bright.sum((1, 2)) / image[0].sum()
-    assert 0.84 < gains.min() < 0.95 < 1.05 < gains.max() < 1.16
-    left = mask[:, :, :32].sum((1, 2)) > mask[:, :, 32:].sum((1, 2))
-    assert 2 < left.sum() < 14  # flipped about half the time
-    assert len({tuple(m.nonzero()[0].tolist()) for m in mask}) > 8  # and shifted
-    values = (bright[0][mask[0] == 1] / gains[0]).sort().values
-    torch.testing.assert_close(values, image[0][image[0] > 0].sort().values)
-
-
-def test_augment_shifts_by_up_to_a_sixteenth_both_ways() -> None:
-    dot = torch.zeros(400, 1, 32, 32)
-    dot[:, :, 12, 15] = 0.5
-    rows, columns = augment(dot, seeded("b"))[:, 0].nonzero()[:, 1:].T
-    assert set(rows.tolist()) == {10, 11, 12, 13, 14}
-    assert set(columns.tolist()) == {13, 14, 15, 16, 17, 18}  # 15, or 16 when flipped
-
-
-def test_sampled_gives_masks_as_soft_targets() -> None:
-    pixels = np.full((6, 64, 64), 128, np.uint8)
-    masks = np.zeros((6, 64, 64), np.uint8)
-    masks[:, 16:48, 16:48] = 1
-    images, targets = next(
-        iter(sampled(lambda i: (pixels[i], masks[i]), 6, batch_size=4, key=(0,), size=32, device=CPU))
-    )
-    assert images.shape == (4, 1, 32, 32)
-    assert targets.shape == (4, 32, 32)
-    assert targets.mean() == pytest.approx(0.25, abs=0.08)
-    assert 0 <= targets.min() <= targets.max() <= 1.00001
 
 
 def test_infer_runs_in_batches_and_can_be_cancelled() -> None:

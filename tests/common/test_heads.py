@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rin.common.heads import LOSSES, Multi, Single
+from rin.common.heads import LOSSES, Multi, Single, log_prior
 
 
 def test_single_is_the_softmax_over_declared_rows_only() -> None:
@@ -52,3 +53,34 @@ def test_losses_are_taken_in_float32_under_bf16(target: str) -> None:
     loss = LOSSES[target]((0, 1, 2), (0, 1))(logits, labels)
     assert loss.dtype == torch.float32
     assert loss.isfinite()
+
+
+def test_smoothing_spreads_over_the_declared_rows_only() -> None:
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    labels = F.one_hot(torch.tensor([0, 3]), 5).bool()
+    expected = F.cross_entropy(logits[:, [0, 2, 3]], torch.tensor([0, 2]), label_smoothing=0.3)
+    assert Single((0, 2, 3), smoothing=0.3)(logits, labels).item() == pytest.approx(expected.item())
+    weights = Multi((0, 2, 3), (2,), smoothing=0.2).soft(labels)
+    assert weights[0, 0].tolist() == pytest.approx([0.9, 0.1, 0.0])  # what is not known stays unknown
+    assert weights[0, 1].tolist() == pytest.approx([0.1, 0.9, 0.0])
+
+
+def test_adjusted_logits_make_a_rare_label_dearer() -> None:
+    offsets, indices = np.array([0, 1, 2, 4, 5]), np.array([0, 0, 0, 2, 0])
+    prior = log_prior(offsets, indices, (0, 2, 3))
+    assert prior.exp().tolist() == pytest.approx([3.5 / 5.5, 1 / 5.5, 1 / 5.5])
+    logits = torch.zeros(1, 4)
+    common, rare = (F.one_hot(torch.tensor([row]), 4).bool() for row in (0, 2))
+    goal = Single((0, 2, 3), offsets=2.0 * prior)
+    expected = F.cross_entropy(logits[:, [0, 2, 3]] + 2.0 * prior, torch.tensor([1]))
+    assert goal(logits, rare).item() == pytest.approx(expected.item())
+    assert goal(logits, rare) > goal(logits, common)
+
+
+@pytest.mark.parametrize("target", sorted(LOSSES))
+def test_right_is_the_label_with_the_largest_share(target: str) -> None:
+    goal = LOSSES[target]((0, 2, 3), (2,))
+    labels = torch.tensor([[True, False, False, True], [False, True, True, False], [False, True, False, False]])
+    assert goal.right(labels).tolist() == [[True, False, True], [False, True, False], [False, False, False]]
+    mixture = goal.soft(labels[:2]) * 0.8 + goal.soft(labels[:2].flip(0)) * 0.2
+    assert goal.right(mixture).tolist() == [[True, False, True], [False, True, False]]

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from rin.common.errors import RefusedError
 from rin.common.fit import FitResult, fit_round
 from rin.common.plan import Plan
 from rin.common.snapshots import Snapshots
-from tests.common.test_fit import CPU, ROWS, Stripes, plan
+from tests.common.test_fit import CPU, EVERYTHING, ROWS, Stripes, plan
 
 
 def stretch(p: Plan, snapshots: Snapshots | None, stop_after: int = 99) -> tuple[dict[str, torch.Tensor], FitResult]:
@@ -35,9 +36,9 @@ def stretch(p: Plan, snapshots: Snapshots | None, stop_after: int = 99) -> tuple
     return {name: value.clone() for name, value in net.state_dict().items()}, result
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_an_interrupted_stretch_ends_in_the_same_bits(tmp_path: Path, optimizer: str) -> None:
-    p = plan({"name": "fedprox", "mu": 0.1}, local_steps=5, optimizer=optimizer)
+@pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"optimizer": "adamw", **EVERYTHING}])
+def test_an_interrupted_stretch_ends_in_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
+    p = plan({"name": "fedprox", "mu": 0.1}, local_steps=5, **options)
     whole, figures = stretch(p, None)
     for stop in (2, 4):
         with pytest.raises(RefusedError):
