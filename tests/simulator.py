@@ -193,6 +193,8 @@ class LocalPort:
         home, carrier = self.homes[site], FileCarrier(self.run)
         home.inbox.mkdir(parents=True, exist_ok=True)
         trainer = self._trainers.setdefault(site, Trainer(home))
+        for path in home.inbox.iterdir():
+            path.unlink()
         carrier.fetch(request.base, ticket, home.inbox / request.base)
         done = trainer.train(request, plan, lambda progress: None, lambda: "")
         facts = read_json(home.outbox / f"{done.request}.json")
