@@ -1,4 +1,4 @@
-"""rin-client: join a consortium, accept a plan, ingest the archive, run the agent, look at its state."""
+"""rin-client: join a consortium, accept a plan, ingest the archive, run the agent or train alone, look at the state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rin.client.home import Home, default_root
-from rin.common.errors import ConfigError
+from rin.common.errors import ConfigError, RefusedError
+from rin.common.supervise import stop_on_signals
 from rin.common.terminal import confirm, progress_printer, run_app, version_option
 
 if TYPE_CHECKING:
@@ -174,6 +175,67 @@ def _print_report(report: IngestReport, drawn: Path | None) -> None:
         typer.echo("next: `rin-client ingest --explain` shows the paths behind the reasons, on this terminal only")
     if drawn is not None:
         typer.echo(f"contact sheet: {drawn} (images of patients: delete it when you have looked)")
+
+
+@app.command()
+def train(
+    plan: Annotated[
+        Path, typer.Option("--plan", help="plan.toml: network, rounds, schedule; it need not name the site.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and figures; the same one goes on there.")],
+    home: HomeOption = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights to start from, in any layout. Default: random.", show_default=False)
+    ] = None,
+    normalisation: Annotated[
+        str | None, typer.Option(help="What those were trained with, where the file does not say.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a round.")] = False,
+) -> None:
+    """Train at this site alone: no coordinator, no keys, no network. It may be stopped at any time."""
+    from rin.client import confine
+    from rin.common.plan import read_plan
+
+    data, here = read_plan(plan)[1], _home(home)
+    out, weights = out.expanduser().resolve(), weights.expanduser().resolve() if weights else None
+    try:
+        confine.enter(no_network=True, hide=())  # before anything is imported that starts threads
+        typer.echo("no network: the kernel holds this process apart", err=True)
+    except OSError:
+        typer.echo("network is open: this kernel confines nobody", err=True)
+    from rin.client import alone
+
+    def tell(figures: dict[str, Any]) -> None:
+        typer.echo(json.dumps(figures, sort_keys=True) if as_json else _round_line(figures))
+
+    stopped: list[int] = []
+    stop_on_signals(stopped.append)
+    try:
+        last = alone.train(
+            here,
+            data,
+            out,
+            weights=weights,
+            normalisation=normalisation,
+            progress=progress_printer("train, steps"),
+            cancelled=lambda: "cancelled" if stopped else "",
+            on_round=tell,
+        )
+    except RefusedError as error:
+        if error.code != "cancelled":
+            raise
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"wrote {last}", err=as_json)
+    typer.echo("these weights come from patients' images: who may have them is for people to decide", err=True)
+
+
+def _round_line(figures: dict[str, Any]) -> str:
+    parts = [f"round {figures['round']}"]
+    for name in ("training", "validation"):
+        if found := figures.get(name):
+            parts.append(f"{name} " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+    return "; ".join(parts)
 
 
 @app.command()

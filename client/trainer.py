@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rin.client import policy
 from rin.client.home import Home
 from rin.client.jobs import Jobs, Stored, put_out, take_in
+from rin.client.norms import LocalNorms
 from rin.client.site import Site, read_site
 from rin.client.training import check, images_of, limit_memory, local_steps, release_memory
 from rin.common import egress, keys
@@ -159,6 +160,9 @@ class Trainer:
         wanted = partial(check, cancelled)  # whether anybody still wants the work
         take_in(self.home.inbox, request.base, base, layout, between=wanted)
         weights.read_into(network, base, layout)
+        norms = LocalNorms(self.home.norms / request.run) if plan.model.local_norms else None
+        if norms is not None:
+            norms.bring(network, request.round)
         wanted()
         scores = measure(self.home, network, plan, site, cancelled)  # of the weights that came, before they are trained
         if request.round > plan.training.rounds:
@@ -175,6 +179,8 @@ class Trainer:
             progress=_Watch(self, request.round, plan.training.batch_size, progress).step,
             cancelled=cancelled,
         )
+        if norms is not None:
+            norms.keep(network, request.round)
         weights.write_update(update, network, base, layout, between=wanted)
         wanted()
         facts = egress.check_update(update, layout, max_norm=NORM_SLACK * plan.limits.max_update_norm)

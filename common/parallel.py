@@ -12,10 +12,10 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # the one base of all of them; torch has no public name for it
 from torch.nn.parallel import DistributedDataParallel
 
 from rin.common.heads import TINY, Loss
-from rin.common.norms import batch_norms
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
@@ -99,10 +99,33 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
-def synchronised(module: nn.Module) -> nn.Module:
-    """`module` with batch norms that take their statistics over all ranks; GPUs only, torch has none for a CPU."""
-    if not batch_norms(module):
-        return module
-    from timm.layers.norm_act import convert_sync_batchnorm  # torch's own would lose the activation of timm's norms
+class SyncBatchNormThen(nn.SyncBatchNorm):
+    """Batch norm over all ranks in the place of `norm`, then the modules that were fused into that, as timm does."""
 
-    return convert_sync_batchnorm(module)
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        for name, module in norm.named_children():
+            self.add_module(name, module)
+        self.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The normalised input, through the fused modules in their order; any shape (b, channels, ...)."""
+        x = super().forward(input)
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """`module` with batch norms that take their statistics over all ranks, in place; torch has them for GPUs only.
+
+    torch's own `convert_sync_batchnorm` would lose the activations that timm fuses into its norms.
+    """
+    if isinstance(module, _BatchNorm):
+        return SyncBatchNormThen(module)
+    for name, child in list(module.named_children()):
+        setattr(module, name, synchronised(child))
+    return module

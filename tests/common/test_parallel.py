@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from rin.common import fit
+from rin.common.backbones import initial
 from rin.common.heads import LOSSES
-from rin.common.parallel import Ranks
+from rin.common.norms import batch_norms
+from rin.common.parallel import Ranks, synchronised
 from tests.common.ranks import plan_of, train
+from tests.common.test_fit import plan
 
 BATCH = 7  # slices of three and of four images
 
@@ -52,6 +55,18 @@ def test_the_slices_of_a_batch_are_the_batch() -> None:
         parts = [next(iter(Ranks(rank, size).slices(batches)(5))) for rank in range(size)]
         assert torch.equal(torch.cat([part[0] for part in parts]), torch.arange(10.0) + 5)
         assert {len(part[1]) for part in parts} <= {10 // size, -(-10 // size)}
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "inception_resnet_v2"])
+def test_synchronised_norms_keep_names_values_and_fused_activations(backbone: str) -> None:
+    model = plan(model={"backbone": backbone, "image-size": 96}).model
+    network, images = initial(model, 0, 3).eval(), torch.rand(2, 1, 96, 96)
+    names, before = list(network.state_dict()), network(images)
+    changed = synchronised(network)
+    assert changed is network
+    assert list(network.state_dict()) == names
+    assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in batch_norms(network).values())
+    assert torch.equal(network(images), before)  # in evaluation they need nobody else
 
 
 @pytest.mark.parametrize("target", ["single", "multi"])

@@ -1,0 +1,297 @@
+"""`rin-client train`: the plan's rounds at one site alone, without coordinator, keys or network, from a folder.
+
+A round is what it is in a federation of this one site, to the bit: the same local steps with the same draws, then the
+global weights plus the update, in float32. The coordinator's optimizer (`strategy`) has no part in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rin.client.data import TrainingData
+from rin.client.home import Home
+from rin.client.norms import LocalNorms
+from rin.client.site import Site, read_site
+from rin.client.training import images_of, limit_memory, local_steps
+from rin.common.errors import ConfigError, RefusedError, StateError
+from rin.common.files import lock, read_json, write_atomic, write_json
+from rin.common.plan import Plan, parse_plan, plan_digest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from rin.common.backbones import Network
+    from rin.common.layout import Layout
+
+    Floats = NDArray[np.float32]
+
+DIGITS: Final = 6  # of a figure
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What `train` writes: `plan.toml`, `train.json`, `checkpoints/`, `figures.jsonl`, and `work/` while it trains."""
+
+    root: Path
+
+    @property
+    def facts(self) -> Path:
+        """Which training this is: digests of the plan and of the first weights, site, declared rows."""
+        return self.root / "train.json"
+
+    @property
+    def figures(self) -> Path:
+        """One JSON line a round."""
+        return self.root / "figures.jsonl"
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work"
+
+    def checkpoint(self, round: int) -> Path:
+        """The weights after `round`; 0 is the start."""
+        return self.root / "checkpoints" / f"round-{round:04d}.safetensors"
+
+    def last(self) -> int:
+        """The newest round that is finished."""
+        found = self.root.glob("checkpoints/round-*.safetensors")
+        return max((int(path.stem.removeprefix("round-")) for path in found), default=0)
+
+
+def train(
+    home: Home,
+    data: bytes,
+    out: Path,
+    *,
+    weights: Path | None = None,
+    normalisation: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], str] = lambda: "",
+    on_round: Callable[[Figures], None] = lambda figures: None,
+) -> Path:
+    """Train the plan `data` at the site `home` from where `out` stands, to its last round.
+
+    Args:
+        data: a plan file's bytes; it need not name the site, and nobody has to have accepted it.
+        weights: a weight file of any layout to start from, else the plan's random ones; read at the first start only.
+        normalisation: what that file was trained with, if it does not say.
+        progress: called with steps done and all steps of all rounds.
+        cancelled: asked before each step and each batch of validation; a code ends the work.
+        on_round: called with the line of each round.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        ConfigError: plan, site.toml or weights do not fit each other.
+        StateError: `out` holds another training, or another process trains in it; nothing was ingested.
+        RefusedError: no-data, not-finite, memory, device, disk-full, or what `cancelled` gives.
+    """
+    plan, site = parse_plan(data), read_site(home)
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with lock(out / "train.lock", holder="rin-client train"):
+        images = images_of(home, site)
+        if images.n_images == 0:
+            raise RefusedError("no-data", step="ingest, or declare labels that the catalog holds")
+        alone = _Alone(home, Folder(out), plan, plan_digest(data), site, images, progress, cancelled)
+        alone.begin(data, weights, normalisation)
+        return alone.main(on_round)
+
+
+@dataclass(slots=True)
+class _Alone:
+    """One training in one folder."""
+
+    home: Home
+    folder: Folder
+    plan: Plan
+    digest: str
+    site: Site
+    images: TrainingData
+    progress: Callable[[int, int], None]
+    cancelled: Callable[[], str]
+
+    def begin(self, data: bytes, path: Path | None, normalisation: str | None) -> None:
+        """See that the folder is this training's; make it, with the first weights, where it is new."""
+        wanted = {"plan": self.digest, "site": self.site.site, "labels": list(self.site.labels.rows())}
+        if self.folder.facts.exists():
+            found = read_json(self.folder.facts)
+            if different := [key for key, value in wanted.items() if found.get(key) != value]:
+                raise StateError(
+                    f"{self.folder.root} holds a training of another {' and '.join(different)}",
+                    step="choose another --out, or go back to what it was begun with",
+                )
+            return
+        from rin.common import formats
+        from rin.common.weights import layout_of, save
+
+        network = _first(self.plan, path, normalisation)
+        start = formats.weights_of(network).digest()
+        if self.plan.model.start not in ("", start):
+            raise ConfigError(
+                f"the plan starts from weights {self.plan.model.start}, not {start}",
+                step="pass --weights with the file that the plan was made with",
+            )
+        write_atomic(self.folder.root / "plan.toml", data)
+        facts = self._facts(0) | {"weights": start}
+        save(self.folder.checkpoint(0), network, layout_of(network), facts=facts)
+        write_json(self.folder.facts, wanted | {"start": start})
+
+    def main(self, on_round: Callable[[Figures], None]) -> Path:
+        """Round after round; a line of figures after each."""
+        from rin.common import backbones
+        from rin.common.weights import layout_of
+
+        limit_memory(self.site)
+        network = backbones.build(self.plan.model)
+        layout = layout_of(network)
+        last = self.folder.last()
+        if last:
+            self._figures(network, layout, last, on_round)
+        for round in range(last + 1, self.plan.training.rounds + 1):
+            self._round(network, layout, round)
+            self._figures(network, layout, round, on_round)
+        return self.folder.checkpoint(self.plan.training.rounds)
+
+    def _round(self, network: Network, layout: Layout, round: int) -> None:
+        """Local steps, then the next checkpoint."""
+        import numpy as np
+
+        from rin.common import weights
+
+        if shutil.disk_usage(self.folder.root).free < 4 * layout.file_bytes + self.site.device.disk_reserve_gib * 2**30:
+            raise RefusedError("disk-full", "less than device.disk-reserve-gib would be left", step="free some space")
+        weights.read_into(network, self.folder.checkpoint(round - 1), layout)
+        base = _copies(network, layout)
+        norms = self._norms()
+        if norms is not None:
+            norms.bring(network, round)
+        steps = self.plan.training.local_steps
+        before, total = (round - 1) * steps, self.plan.training.rounds * steps
+        result = local_steps(
+            network,
+            self.images,
+            self.plan,
+            self.site,
+            home=self.home,
+            round=round,
+            folder=self.folder.work,
+            name=f"{self.digest} {round}",
+            progress=lambda step, _: self.progress(before + step, total),
+            cancelled=self.cancelled,
+        )
+        if norms is not None:
+            norms.keep(network, round)
+        write_json(self.folder.work / "trained.json", {"round": round, **_shares(result.metrics)})
+        local = _copies(network, layout)
+        after = [np.add(base[name], np.subtract(local[name], base[name])) for name in local]
+        sha = hashlib.sha256()
+        for values in after:
+            sha.update(values.data)
+        facts = self._facts(round) | {"weights": sha.hexdigest()}
+        weights.write_tensors(self.folder.checkpoint(round), layout, after, facts=facts)
+        self._tidy(round)
+
+    def _figures(self, network: Network, layout: Layout, round: int, on_round: Callable[[Figures], None]) -> None:
+        """Write the line of a finished round, unless it is there."""
+        lines = self.folder.figures.read_text().splitlines() if self.folder.figures.exists() else []
+        if any(json.loads(line)["round"] == round for line in lines):
+            return
+        from rin.common import weights
+
+        weights.read_into(network, self.folder.checkpoint(round), layout)
+        norms = self._norms()
+        if norms is not None:
+            norms.bring(network, round + 1)
+        figures: Figures = {"round": round, "training": read_json(self.folder.work / "trained.json")}
+        figures["training"].pop("round")
+        if validation := self._validation(network):
+            figures["validation"] = validation
+        text = "".join(f"{line}\n" for line in [*lines, json.dumps(figures, sort_keys=True, allow_nan=False)])
+        write_atomic(self.folder.figures, text.encode())
+        on_round(figures)
+
+    def _validation(self, network: Network) -> Figures:
+        """Loss, top-1, top-5 and macro AUC on the held-out patients; empty where there are none."""
+        from rin.common import evaluate, fit
+        from rin.common.metrics import log_softmax, macro_auc
+
+        rows = self.site.labels.rows()
+        images = TrainingData.open(self.home, labels=rows, split="val")
+        if not self.site.archive.hold_out or images.n_images == 0:
+            return {}
+        found = evaluate.evaluate(
+            network,
+            images,
+            self.plan,
+            rows=rows,
+            exhaustive_rows=self.site.labels.exhaustive_rows(),
+            device=fit.pick_device(self.site.device.name),
+            threads=self.site.device.threads,
+            cancelled=lambda: bool(self.cancelled()),
+        )
+        single = self.plan.model.target == "single"
+        area = macro_auc(log_softmax(found.logits, rows) if single else found.logits, found.labels).mean
+        return _shares(found.metrics) | ({"auc": round(area, DIGITS)} if math.isfinite(area) else {})
+
+    def _norms(self) -> LocalNorms | None:
+        return LocalNorms(self.folder.work / "norms") if self.plan.model.local_norms else None
+
+    def _facts(self, round: int) -> dict[str, Any]:
+        from rin.common import checkpoint
+
+        facts = checkpoint.facts_of(self.plan, plan_digest=self.digest, round=round, updates={})
+        return facts | {"privacy": checkpoint.ALONE, "site": self.site.site}
+
+    def _tidy(self, newest: int) -> None:
+        """Delete what only the round's training needed, and checkpoints beyond `retention`, but never the start."""
+        for path in self.folder.work.iterdir():
+            if path.name not in ("trained.json", "norms"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.folder.root.glob("checkpoints/round-*.safetensors"):
+            if 0 < int(path.stem.removeprefix("round-")) < newest - self.plan.retention.checkpoints:
+                path.unlink()
+
+
+def _first(plan: Plan, path: Path | None, normalisation: str | None) -> Network:
+    """The plan's random weights, with those of the file at `path` over them."""
+    from rin.common import formats
+    from rin.common.backbones import initial
+
+    network = initial(plan.model, plan.training.seed)
+    if path is None:
+        return network
+    weights = formats.read(path, normalisation=normalisation)
+    found, wanted = weights.model, plan.model
+    alike = found.backbone == wanted.backbone and formats.same_keys(wanted.backbone, found.norm, wanted.norm)
+    if not alike or found.normalisation != wanted.normalisation:
+        raise ConfigError(
+            f"{path.name} is a {found.backbone} with {found.norm} norm for {found.normalisation} inputs, "
+            f"the plan's is a {wanted.backbone} with {wanted.norm} norm for {wanted.normalisation} inputs",
+            step="change [model] of the plan, or choose other weights",
+        )
+    return weights.into(network)
+
+
+def _copies(network: Network, layout: Layout) -> dict[str, Floats]:
+    """The network's tensors in file order, as arrays of their own."""
+    state = network.state_dict()
+    return {t.name: state[t.name].detach().to("cpu", copy=True).contiguous().numpy() for t in layout.tensors}
+
+
+def _shares(metrics: Mapping[Any, float]) -> Figures:
+    """Counts as shares of the images, all rounded; what is not finite is left out."""
+    images = metrics["images"]
+    shares: Iterable[tuple[str, float]] = (
+        (name, value / images if name in ("top1", "top5") else value) for name, value in metrics.items()
+    )
+    return {name: round(value, DIGITS) for name, value in shares if math.isfinite(value)}

@@ -1,0 +1,188 @@
+"""Training alone: the bits of a federation of one site, stopped and gone on anywhere, with no policy in its way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rin.client import alone
+from rin.client.home import Home
+from rin.common import formats, snapshots
+from rin.common.backbones import BACKBONES
+from rin.common.checkpoint import ALONE
+from rin.common.errors import ConfigError, RefusedError, StateError
+from rin.common.labels import label_set
+from rin.common.layout import file_digest
+from rin.common.weights import read_facts
+from tests import simulator
+from tests.simulator import TINY, plan_text, stripes
+
+ROWS = tuple(label.index for label in label_set() if (label.modality, label.anatomy) == ("MR", "knee"))[:3]
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
+    formats._shapes.cache_clear()
+    yield
+    formats._shapes.cache_clear()
+
+
+def plan(sites: tuple[str, ...] = ("siteA",), **tables: dict[str, Any]) -> bytes:
+    limits = {"quorum": 1, "min_sites": 1}
+    return plan_text(sites, **({"limits": limits} | tables))
+
+
+def home_of(folder: Path, data: bytes, policy: str = "") -> Home:
+    """A site with training and validation images that has accepted nothing."""
+    home = Home(folder / "home")
+    images = [
+        stripes(ROWS, 48, 1),
+        simulator.Images(*(stripes(ROWS, 45, 2).pixels, stripes(ROWS, 45, 2).labels, "val")),
+    ]
+    simulator.make_home(home, "siteA", images, ROWS, data)
+    text = home.site_toml.read_text()
+    home.site_toml.write_text(text.partition("[policy]")[0] + policy)
+    for path in home.accepted.iterdir():
+        path.unlink()
+    return home
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("model", [{}, {"local_norms": True}, {"norm": "group", "target": "multi"}])
+def test_it_is_a_federation_of_one_site_to_the_bit(tmp_path: Path, model: dict[str, Any]) -> None:
+    data = plan(model={"backbone": "resnet18", "image_size": 32, **model}, training={"rounds": 3})
+    images = {"siteA": [stripes(ROWS, 48, 1)]}
+    federation = simulator.make(tmp_path / "federation", images, {"siteA": ROWS}, data)
+    federation.go()
+    last = alone.train(federation.homes["siteA"], data, tmp_path / "alone")
+    assert last.name == "round-0003.safetensors"
+    for number in (0, 1, 2, 3):
+        here = tmp_path / "alone" / "checkpoints" / f"round-{number:04d}.safetensors"
+        assert file_digest(here) == file_digest(federation.run.checkpoint(number))
+    assert file_digest(last) != file_digest(federation.run.checkpoint(2))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_no_policy_acceptance_or_site_list_is_in_its_way_and_the_checkpoint_says_so(tmp_path: Path) -> None:
+    data = plan(("somebody", "else"), limits={"quorum": 2, "min_sites": 2})
+    home, lines = home_of(tmp_path, data), list[dict[str, Any]]()  # privacy = "required" and every floor by default
+    last = alone.train(home, data, tmp_path / "out", on_round=lines.append)
+    facts = read_facts(last)
+    assert (facts["privacy"], facts["site"], facts["round"], facts["updates"]) == (ALONE, "siteA", 2, {})
+    assert facts["weights"] == file_digest(last)
+    assert formats.read(last).model.backbone == "resnet18"
+    assert [line["round"] for line in lines] == [1, 2]
+    assert lines == [json.loads(line) for line in (tmp_path / "out" / "figures.jsonl").read_text().splitlines()]
+    assert set(lines[1]["training"]) == {"images", "loss", "top1", "top5"}
+    assert lines[1]["validation"]["images"] == 45
+    assert {"loss", "top1", "auc"} <= set(lines[1]["validation"])
+    assert not home.egress_log.exists()
+    assert not list(home.outbox.glob("*"))
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("local_norms", [False, True])
+def test_stopped_anywhere_it_ends_in_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_norms: bool
+) -> None:
+    data = plan(model={"backbone": "resnet18", "image_size": 32, "local_norms": local_norms})
+    home = home_of(tmp_path, data)
+    whole = alone.train(home, data, tmp_path / "whole")
+    monkeypatch.setattr(snapshots, "EVERY", 0.0)
+    steps = list[int]()
+
+    class Stop(Exception):
+        pass
+
+    def after(number: int) -> Any:
+        def progress(done: int, total: int) -> None:
+            steps.append(done)
+            if done == number:
+                raise Stop
+
+        return progress
+
+    def now(figures: dict[str, Any]) -> None:
+        raise Stop
+
+    out = tmp_path / "out"
+    for options in (
+        {"progress": after(3)},
+        {"progress": after(7)},
+        {"on_round": now, "progress": after(0)},
+        {"progress": after(12)},
+    ):
+        with pytest.raises(Stop):
+            alone.train(home, data, out, **options)
+    last = alone.train(home, data, out, progress=after(0))
+    assert steps[:3] == [1, 2, 3]
+    assert steps.count(8) == 1  # the second round did not begin anew, nor did the first
+    assert last.read_bytes() == whole.read_bytes()
+    assert (out / "figures.jsonl").read_bytes() == (tmp_path / "whole" / "figures.jsonl").read_bytes()
+    assert alone.train(home, data, out) == last  # nothing left to do
+    assert {path.name for path in (out / "work").iterdir()} <= {"trained.json", "norms"}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_it_starts_from_weights_of_its_network(tmp_path: Path) -> None:
+    data = plan()
+    home = home_of(tmp_path, data)
+    first = alone.train(home, data, tmp_path / "first")
+    again = plan(training={"rounds": 1, "seed": 9})
+    alone.train(home, again, tmp_path / "second", weights=first)
+    start = tmp_path / "second" / "checkpoints" / "round-0000.safetensors"
+    assert file_digest(start) == file_digest(first)
+    other = plan(model={"backbone": "resnet18", "image_size": 32, "normalisation": "imagenet"})
+    with pytest.raises(ConfigError, match="for symmetric inputs, the plan's"):
+        alone.train(home, other, tmp_path / "third", weights=first)
+    named = plan(model={"backbone": "resnet18", "image_size": 32, "start": "0" * 64})
+    with pytest.raises(ConfigError, match="the plan starts from weights 000"):
+        alone.train(home, named, tmp_path / "fourth", weights=first)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_it_refuses(tmp_path: Path) -> None:
+    data, out = plan(), tmp_path / "out"
+    home = home_of(tmp_path, data)
+    alone.train(home, data, out)
+    with pytest.raises(StateError, match="a training of another plan"):
+        alone.train(home, plan(training={"seed": 1}), out)
+    text = home.site_toml.read_text()
+    home.site_toml.write_text(text.replace(label_set()[ROWS[0]].name, label_set()[0].name))
+    with pytest.raises(StateError, match="of another labels"):
+        alone.train(home, data, out)
+    home.site_toml.write_text('site = "siteA"\n')
+    with pytest.raises(RefusedError) as caught:
+        alone.train(home, data, tmp_path / "other")
+    assert caught.value.code == "no-data"
+
+
+def test_the_command_can_be_stopped_and_killed(tmp_path: Path) -> None:
+    data = plan(training={"rounds": 2, "local_steps": 6, "batch_size": 8})
+    home = home_of(tmp_path, data)
+    (tmp_path / "plan.toml").write_bytes(data)
+    command = [sys.executable, "-m", "rin.client.cli", "train", "--home", str(home.root), "--json"]
+    command += ["--plan", str(tmp_path / "plan.toml"), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["round"] == 1
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "the same command goes on from here" in errors
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["round"] for line in done.stdout.splitlines()] == [2]
+    assert "no network" in done.stderr or "network is open" in done.stderr
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (0, "")
+    whole = alone.train(home, data, tmp_path / "whole")
+    assert file_digest(whole) == file_digest(tmp_path / "out" / "checkpoints" / "round-0002.safetensors")
