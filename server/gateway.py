@@ -136,7 +136,7 @@ class Gateway:
             await asyncio.to_thread(receiver.reserve)
             if exchange.method == "HEAD":
                 return await exchange.answer(200, [(OFFSET.lower().encode(), str(receiver.offset()).encode())])
-            with self._quota.transfer(grant.ticket, lambda: exchange.received, receiver.total):
+            with self._quota.transfer(grant.ticket, lambda: exchange.received, receiver.weights_bytes):
                 await _take_in(exchange, receiver)
         except RefusedError as error:
             if error.code != "update-duplicate":

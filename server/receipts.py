@@ -104,7 +104,9 @@ class Receiver:
         self.grant = tickets.check(run, token)
         self.manifest = self._checked(manifest, signature)
         self.signature = signature
-        self.layout = read_layout(run) if self.manifest.steps else NOTHING
+        whole = read_layout(run)
+        self.weights_bytes = whole.file_bytes  # of a file of the plan's layout, whatever this update is
+        self.layout = whole if self.manifest.steps else NOTHING
         self.total = self.layout.file_bytes
         self._header = self.layout.header()
         name = f".{self.grant.site}.{self.manifest.request}.{self.manifest.update}.part"
