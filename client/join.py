@@ -190,6 +190,7 @@ def plan_summary(data: bytes) -> list[tuple[str, str]]:
         ("fingerprint", keys.fingerprint(data)),
         ("sites", ", ".join(f"{site} {weight / total:.0%}" for site, weight in sorted(plan.sites.items()))),
         ("network", f"{plan.model.backbone}, {plan.model.image_size} pixels, {plan.model.target} label"),
+        ("starts from", f"weights {plan.model.start}" if plan.model.start else "random weights"),
         ("rounds", f"{training.rounds}, each {training.local_steps} steps of {training.batch_size} images"),
         ("images seen", f"at most {training.rounds * training.local_steps * training.batch_size:,} at each site"),
         ("optimizer", f"{training.optimizer}, learning rate {training.learning_rate:g}, {training.schedule}"),

@@ -109,6 +109,16 @@ def check(plan: Plan, digest: str, site: Site, accepted: Set[str], *, patients: 
     return [Reason(rule.code, rule.text.format(facts=facts), rule.step) for rule in RULES if rule.broken(facts)]
 
 
+def check_start(plan: Plan, round: int, base: str) -> None:
+    """The run begins from the weights that the plan names, if it names any.
+
+    Raises:
+        RefusedError: bad-weights.
+    """
+    if round == 1 and plan.model.start and base != plan.model.start:
+        raise RefusedError("bad-weights", f"round 1 starts from {base}, the accepted plan from {plan.model.start}")
+
+
 def allowed_metrics(plan: Plan, site: Site) -> frozenset[FigureName]:
     """The figures that plan and site both allow to leave."""
     return frozenset(plan.metrics) & frozenset(site.policy.metrics)

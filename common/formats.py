@@ -73,6 +73,20 @@ class Weights:
             sha.update(np.ascontiguousarray(value.numpy(), dtype="<f4").data)
         return sha.hexdigest()
 
+    def all_facts(self) -> dict[str, Any]:
+        """What the file says about itself, completed by what its layout and the caller say."""
+        mean, deviation = backbones.NORMALISATIONS[self.model.normalisation]
+        known = {
+            "backbone": self.model.backbone,
+            "norm": self.model.norm,
+            "image_size": self.model.image_size,
+            "normalisation": self.model.normalisation,
+            "mean": list(mean),
+            "deviation": list(deviation),
+            "layout": self.layout,
+        }
+        return {**known, **self.facts, "image_size": self.model.image_size}
+
     def into(self, network: Network) -> Network:
         """Copy the backbone into `network` of the same model, and the head where both have 165 rows."""
         state = network.backbone.state_dict()
@@ -117,6 +131,15 @@ def network_of(weights: Weights) -> Network:
     Without a head in the file the network's is random.
     """
     return weights.into(build(weights.model)).eval()
+
+
+def weights_of(network: Network) -> Weights:
+    """What our own file of `network` would hold; the tensors are the network's, not copies."""
+    backbone, head = (
+        {name: _plain(value) for name, value in sorted(module.state_dict().items()) if value.is_floating_point()}
+        for module in (network.backbone, network.head)
+    )
+    return Weights("rin", network.model, backbone, head)
 
 
 def _head(found: Found, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -222,7 +245,7 @@ def _model(
     if said.get("backbone", backbone) not in get_args(Model.model_fields["backbone"].annotation):
         raise ConfigError(f"{name} is of a network that this release does not have", step="install a newer release")
     other = said.get("backbone", backbone) != backbone
-    if other or not _same_keys(backbone, said.get("norm", norm), norm):
+    if other or not same_keys(backbone, said.get("norm", norm), norm):
         raise RefusedError(
             "bad-weights", f"{name} holds {backbone} with {norm} norm and says that it is something else"
         )
@@ -248,7 +271,7 @@ def _model(
         raise ConfigError(f"{name} is of a network that this release does not have", step=KNOWN) from None
 
 
-def _same_keys(backbone: str, norm: str, other: str) -> bool:
+def same_keys(backbone: str, norm: str, other: str) -> bool:
     """Whether two values of `norm` give the same tensors: equal ones, and any where there is nothing to replace."""
     if norm == other:
         return True

@@ -59,7 +59,7 @@ class Verdict:
     def words(self) -> str:
         """One sentence for people."""
         if not self.best:
-            return "cannot be checked: the network has no batch norm whose running statistics could tell"
+            return "the normalisation cannot be checked: there are no running statistics of a trained batch norm"
         return self.warning or f"the first norm's running statistics fit {self.declared}"
 
 
@@ -79,6 +79,8 @@ def check(network: Network, images: npt.NDArray[np.uint8]) -> Verdict:
         return Verdict(declared)
     mean = norm.running_mean.detach().double().cpu().numpy()
     deviation = np.sqrt(np.maximum(norm.running_var.detach().double().cpu().numpy(), 1e-20))
+    if not norm.running_mean.any() and bool((norm.running_var == 1).all()):  # no image has been here yet
+        return Verdict(declared)
     taps = convolution.weight.detach().double().cpu().sum((2, 3)).numpy()
     if taps.shape != (len(mean), 3):
         return Verdict(declared)

@@ -120,18 +120,21 @@ def _dropped_notes(keys: list[str]) -> tuple[str, ...]:
 # --- writing layouts --------------------------------------------------------------------------------------------
 
 
-def torchvision_state(network: Network) -> dict[str, Tensor]:
+def torchvision_state(network: Network, *, head: bool = True) -> dict[str, Tensor]:
     """The network under the keys of torchvision's (for inception_resnet_v2 timm's) own, its head as their classifier.
 
-    It loads with `load_state_dict(strict=True)` into the stock network with as many classes as the head has rows.
+    It loads with `load_state_dict(strict=True)` into the stock network with as many classes as the head has rows, or,
+    without `head`, with an identity as its classifier.
 
     Raises:
         ConfigError: group norm, which the stock networks do not have.
     """
     _stock(network, "torchvision")
-    head = backbones.BACKBONES[network.model.backbone].classifier
+    name_of_head = backbones.BACKBONES[network.model.backbone].classifier
     state = {name: value.detach() for name, value in network.backbone.state_dict().items()}
-    return state | {f"{head}.{name}": value.detach() for name, value in network.head.state_dict().items()}
+    if head:
+        state |= {f"{name_of_head}.{name}": value.detach() for name, value in network.head.state_dict().items()}
+    return state
 
 
 def radimagenet_state(network: Network) -> dict[str, Tensor]:

@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rin.common.backbones import NORMALISATIONS, initial
+from rin.common.backbones import Network, initial
+from rin.common.checkpoint import facts_of
 from rin.common.errors import StateError
 from rin.common.files import read_json, write_json
-from rin.common.layout import Layout
+from rin.common.layout import Layout, file_digest
 from rin.common.plan import Plan
-from rin.common.weights import layout_of, read_facts, save, write_tensors
+from rin.common.weights import layout_of, read_facts, read_into, save, write_tensors
 from rin.server.rundir import RunDir
-
-# What a checkpoint says about the protection of the patients it was trained on, by the plan's privacy mode.
-STATEMENTS: Final[dict[str, str]] = {
-    "none": "Trained without differential privacy. Whoever holds the sites' updates could reconstruct training images; "
-    "nothing is promised about what these weights reveal of a patient.",
-}
-
-
-def facts_of(plan: Plan, *, plan_digest: str, round: int, updates: Mapping[str, str]) -> dict[str, Any]:
-    """What the checkpoint of round `round` says about itself; no time in it, so that a repeat gives the same bytes.
-
-    Args:
-        updates: site to the digest of its counted update.
-    """
-    mean, deviation = NORMALISATIONS[plan.model.normalisation]
-    return {
-        "backbone": plan.model.backbone,
-        "norm": plan.model.norm,
-        "image_size": plan.model.image_size,
-        "normalisation": plan.model.normalisation,
-        "mean": list(mean),
-        "deviation": list(deviation),
-        "target": plan.model.target,
-        "label_set": plan.label_set,
-        "plan": plan_digest,
-        "name": plan.name,
-        "round": round,
-        "rounds": plan.training.rounds,
-        "updates": dict(updates),
-        "release": metadata.version("rin"),
-        "privacy": STATEMENTS[plan.privacy.mode],
-    }
 
 
 def begin(run: RunDir, plan: Plan, plan_digest: str) -> Layout:
@@ -66,7 +34,7 @@ def begin(run: RunDir, plan: Plan, plan_digest: str) -> Layout:
                 step="put the old plan back, or start a new run with the new one",
             )
         return Layout.from_json(read_json(run.layout))
-    network = initial(plan.model, plan.training.seed)
+    network = _first_network(run, plan)
     layout = layout_of(network)
     write_json(run.layout, layout.to_json())
     part = run.weights / "initial"
@@ -75,6 +43,23 @@ def begin(run: RunDir, plan: Plan, plan_digest: str) -> Layout:
     facts = facts_of(plan, plan_digest=plan_digest, round=0, updates={})
     save(start, network, layout, facts={**facts, "weights": digest})
     return layout
+
+
+def _first_network(run: RunDir, plan: Plan) -> Network:
+    """Random weights of the plan's seed, or the weights that it names.
+
+    Raises:
+        StateError: the weights are not here, or others are.
+    """
+    network = initial(plan.model, plan.training.seed)
+    if plan.model.start:
+        if not run.start.exists() or file_digest(run.start) != plan.model.start:
+            raise StateError(
+                f"the plan starts from weights {plan.model.start}, which are not in {run.root}",
+                step="start with `rin-server run --weights FILE`, naming the file that they came from",
+            )
+        read_into(network, run.start)
+    return network
 
 
 def digest_of(run: RunDir, number: int) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +18,17 @@ from rin.server.rundir import RunDir
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 RunOption = Annotated[Path, typer.Option("--run", envvar="RIN_RUN", help="The run's directory.")]
+NormalisationOption = Annotated[
+    str | None,
+    typer.Option(
+        help="symmetric or imagenet, for a file that does not say. Default: as files of its layout were trained.",
+        show_default=False,
+    ),
+]
+ImageSizeOption = Annotated[
+    int | None,
+    typer.Option(help="Pixels a side, for a file that does not say. Default: the backbone's own.", show_default=False),
+]
 HERE = Path("rin-run")
 
 
@@ -38,12 +52,28 @@ def init(
     address: Annotated[
         str, typer.Option(help="How sites reach the gateway: https://host:port.")
     ] = "https://localhost:8443",
+    weights: Annotated[
+        Path | None, typer.Option(help="Start from this weight file, of any layout; the plan gets its digest.")
+    ] = None,
+    normalisation: NormalisationOption = None,
 ) -> None:
     """Make a run directory: plan, certificate authority, server key."""
     from rin.server import consortium
 
     here = _run(run)
-    consortium.init(here, plan=plan.read_bytes() if plan else None, address=address)
+    data = plan.read_bytes() if plan else None
+    if weights is None:
+        consortium.init(here, plan=data, address=address)
+    else:
+        if data is None:
+            raise ConfigError("--weights needs the plan that they are for", step="pass --plan too")
+        from rin.server import start
+
+        begin = start.prepare(data, weights, normalisation=normalisation)
+        consortium.init(here, plan=begin.plan, address=address)
+        start.write(here, begin)
+        _print_notes(weights, begin.notes, begin.verdict.words)
+        typer.echo(f"the run starts from weights {begin.digest}, as {here.plan} now says")
     typer.echo(f"wrote {here.root}")
     typer.echo(f"next: read {here.plan}, then `rin-server invite SITE` for each site;")
     typer.echo(f"      take {here.ca / 'ca.key'} offline (it is needed again only for `rin-server renew`)")
@@ -106,16 +136,31 @@ def run_rounds(
     tap: Annotated[
         Path | None, typer.Option(help="Append every byte that sites send to this file: a proof for a privacy officer.")
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The file of the plan's model.start; needed before round 1 only."),
+    ] = None,
+    normalisation: NormalisationOption = None,
 ) -> None:
     """Run the plan's rounds. Stop it at any time: the same command goes on where it was."""
     from rin.server import run as coordinator
 
     here = _run(run)
+    if weights is not None and not here.checkpoint(0).exists():
+        _place(here, weights, normalisation)
     if plan is not None and here.plan.is_file() and plan.read_bytes() != here.plan.read_bytes():
         raise ConfigError(
             f"{plan} is not the plan of {here.root}", step="a started run keeps its plan; use a new --run"
         )
     raise typer.Exit(coordinator.run_coordinator(here, host=host, port=port, tap=tap))
+
+
+def _place(run: RunDir, weights: Path, normalisation: str | None) -> None:
+    """Take the start's weights in, in a process of its own: torch would stay in this one for the whole run."""
+    command = [sys.executable, "-m", "rin.server.start", "--run", str(run.root), "--weights", str(weights)]
+    command += ["--normalisation", normalisation] if normalisation else []
+    if code := subprocess.run(command, check=False).returncode:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -135,7 +180,7 @@ def status(
 
 @app.command()
 def bench(
-    weights: Annotated[list[Path], typer.Argument(help="Checkpoints to score.")],
+    weights: Annotated[list[Path], typer.Argument(help="Weight files to score, of any layout.")],
     out: Annotated[Path, typer.Option(help="Where summary.json and report/index.html go.")],
     task: Annotated[list[str] | None, typer.Option("--task", help="A task by name; may be given again.")] = None,
     images: Annotated[
@@ -144,6 +189,8 @@ def bench(
     run: Annotated[Path | None, typer.Option("--run", help="Show this run's learning curve too.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Fine-tunings a task and start.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the device's CPU.")] = 1,
+    normalisation: NormalisationOption = None,
+    image_size: ImageSizeOption = None,
 ) -> None:
     """Score checkpoints on tasks: fine-tuned from the checkpoint and from random weights, same recipe and seeds."""
     from rin.server.bench import run as bench_run
@@ -159,10 +206,62 @@ def bench(
         run=_run(run) if run else None,
         seeds=seeds,
         threads=threads,
+        normalisation=normalisation,
+        image_size=image_size,
         progress=progress_printer("bench, fine-tunings"),
     )
     bench_run.print_summary(summary)
     typer.echo(f"report: {out / 'report' / 'index.html'}")
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="A new folder for the files and their card, README.md.")],
+    weights: Annotated[
+        Path | None, typer.Argument(help="A weight file of any layout. Default: the run's newest checkpoint.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="safetensors (default), torchvision, radimagenet or onnx; may be given again."),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", envvar="RIN_RUN", help="The run that made the weights, for the card.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option("--bench", help="summary.json of a benchmark of these weights, for the card.")
+    ] = None,
+    licence: Annotated[str, typer.Option(help="For the card, e.g. CC-BY-4.0.")] = "",
+    name: Annotated[str | None, typer.Option(help="Of the files. Default: backbone and round.")] = None,
+    normalisation: NormalisationOption = None,
+    image_size: ImageSizeOption = None,
+) -> None:
+    """Write weights as files that others load, each read back and compared, with a model card."""
+    from rin.server import export as exporting
+
+    here = _run(run) if run else None
+    if weights is None and here is None:
+        raise ConfigError("no weights", step="name a weight file, or a run with --run")
+    path = weights or exporting.newest(here)  # type: ignore[arg-type]  # one of the two is there
+    done = exporting.export(
+        path,
+        out.expanduser().absolute(),
+        formats=formats or ["safetensors"],
+        run=here,
+        summary=summary,
+        name=name,
+        licence=licence,
+        normalisation=normalisation,
+        image_size=image_size,
+    )
+    _print_notes(path, done.notes, done.verdict.words)
+    for file in done.files:
+        typer.echo(f"{file.sha256}  {out / file.name}")
+    typer.echo(f"card: {out / exporting.CARD}")
+
+
+def _print_notes(weights: Path, notes: Sequence[str], statistics: str) -> None:
+    for note in [*notes, statistics]:
+        typer.echo(f"{weights.name}: {note}")
 
 
 @app.command()

@@ -91,6 +91,11 @@ def run_coordinator(
         ConfigError: the port is taken, or the plan is wrong.
     """
     plan, facts = read_plan(run.plan)[0], read_json(run.facts)
+    if plan.model.start and not (run.start.exists() or run.checkpoint(0).exists()):
+        raise ConfigError(
+            f"the plan starts from weights {plan.model.start}, which are not in {run.root}",
+            step="pass --weights FILE, naming the file that they came from",
+        )
     port = port or urlsplit(str(facts["address"])).port or 443
     logs.setup(run.log / "coordinator.jsonl")
     with lock(run.lock, holder="rin-server run"):

@@ -41,6 +41,11 @@ class RunDir:
         return self.root / "layout.json"
 
     @property
+    def start(self) -> Path:
+        """The weights that the plan's `model.start` names, as a checkpoint; absent where a run starts at random."""
+        return self.root / "start.safetensors"
+
+    @property
     def weights(self) -> Path:
         """Global weights as sites fetch them: `<digest>.safetensors`, empty metadata."""
         return self.root / "weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,23 +14,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from rin.common import fit, metrics, weights
-from rin.common.backbones import Network, build, initial
-from rin.common.batches import sampled
+from rin.common import fit, formats, metrics
+from rin.common.backbones import Network, initial
+from rin.common.batches import Order, sampled
 from rin.common.errors import ConfigError
-from rin.common.plan import Model
+from rin.common.plan import Augment, Model
 from rin.server.bench.datasets import SIDE, Dataset
 from rin.server.bench.segment import UNet, mask_loss
 from rin.server.bench.statistics import RESAMPLES, compare
 from rin.server.bench.summary import TaskScore
 from rin.server.bench.tasks import Task
 
+AUGMENT: Final = Augment(flip="always")  # a task's targets say nothing about the anatomy
 EXAMPLES: Final = 4  # test images whose predictions are kept for the report
 Progress = Callable[[int, int], None]
 
@@ -49,41 +50,25 @@ class Prediction:
     seconds: float = 0.0
 
 
-def model_of(path: Path) -> Model:
-    """The network that the checkpoint at `path` says it is: backbone, norm, image size, normalisation.
+def load(path: Path, *, normalisation: str | None = None, image_size: int | None = None) -> Network:
+    """The whole network of the weight file at `path`, of any layout, in evaluation mode.
 
     Raises:
-        ConfigError: it does not say so, or names a network that this release does not have.
+        ConfigError, RefusedError: as `rin.common.formats.read`.
     """
-    facts = {key.replace("_", "-"): value for key, value in weights.read_facts(path).items()}
-    known = {field.alias or name for name, field in Model.model_fields.items()}
-    wanted = {"backbone", "norm", "image-size", "normalisation"}
-    step = "score a file of the run's checkpoints/, which carry these facts"
-    if missing := sorted(wanted - set(facts)):
-        raise ConfigError(f"{path.name} does not say its {', '.join(missing)}", step=step)
-    try:
-        return Model.model_validate({key: facts[key] for key in known & set(facts)})
-    except ValidationError:
-        raise ConfigError(f"{path.name} is of a network that this release does not have", step=step) from None
-
-
-def load(path: Path) -> Network:
-    """The checkpoint's whole network, in evaluation mode.
-
-    Raises:
-        ConfigError: the file does not say its network.
-        RefusedError: its tensors are not those of that network.
-    """
-    network = build(model_of(path))
-    weights.read_into(network, path)
-    return network.eval()
+    return formats.network_of(formats.read(path, normalisation=normalisation, image_size=image_size))
 
 
 def start(model: Model, checkpoint: Path | None, *, classes: int, seed: int) -> Network:
-    """A network with a fresh head, which depends on `seed` only, on the checkpoint's backbone or a random one."""
+    """A network with a fresh head, which depends on `seed` only, on the checkpoint's backbone or a random one.
+
+    Args:
+        model: of the checkpoint; it says what a foreign file does not.
+    """
     network = initial(model, seed, classes)
     if checkpoint is not None:
-        network.backbone.load_state_dict(load(checkpoint).backbone.state_dict())
+        found = formats.read(checkpoint, normalisation=model.normalisation, image_size=model.image_size)
+        dataclasses.replace(found, head={}).into(network)
     return network
 
 
@@ -145,11 +130,11 @@ def _train(
     batches = partial(
         sampled,
         lambda index: (data.images[train[index]], targets[train[index]]),
-        len(train),
-        batch_size=min(tuning.batch_size, len(train)),
+        Order(len(train), min(tuning.batch_size, len(train)), key),
         key=key,
         size=network.image_size,
         device=device,
+        options=AUGMENT,
     )
     steps = tuning.steps_for(len(train))
     recipe = fit.Recipe(
@@ -191,7 +176,7 @@ def score(
     Raises:
         ConfigError, RefusedError: the checkpoint or the task's images cannot be used.
     """
-    begun, data, model = time.monotonic(), task.load(), model_of(checkpoint)
+    begun, data, model = time.monotonic(), task.load(), formats.read(checkpoint).model
     done, found = 0, ([], [])
     for seed in seeds:
         for predictions, start_from in zip(found, (checkpoint, None), strict=True):

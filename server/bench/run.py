@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rin.common import fit, weights
+from rin.common import fit
 from rin.common.errors import ConfigError
 from rin.common.files import write_json
-from rin.common.layout import file_digest
 from rin.common.plan import Model
 from rin.server.bench import history
 from rin.server.bench.datasets import Dataset
-from rin.server.bench.protocol import Prediction, Progress, compared, example_index, model_of
+from rin.server.bench.protocol import Prediction, Progress, compared, example_index
 from rin.server.bench.report import RANDOM, Examples, write_report
 from rin.server.bench.scores import Job, Start, predictions, workers
 from rin.server.bench.statistics import RESAMPLES
 from rin.server.bench.summary import Checkpoint, Summary, TaskFacts, TaskScore, summary_table
 from rin.server.bench.tasks import Task
 from rin.server.rundir import RunDir
+from rin.server.weightfiles import open_weights
 
 
 def bench(
@@ -39,10 +39,12 @@ def bench(
     seeds: int = 3,
     threads: int = 1,
     progress: Progress = fit.silent,
+    normalisation: str | None = None,
+    image_size: int | None = None,
     sites: dict[str, dict[str, Any]] | None = None,
     privacy: dict[str, Any] | None = None,
 ) -> Summary:
-    """Score the checkpoints `paths` on `tasks`; write `out/summary.json` and `out/report/index.html`.
+    """Score the weight files `paths`, of any layout, on `tasks`; write `out/summary.json` and `out/report/index.html`.
 
     Every finished fine-tuning is stored below `out/scores/`, so a run that was stopped goes on where it was.
 
@@ -51,14 +53,15 @@ def bench(
         seeds: fine-tunings a task and start.
         threads: fine-tunings at a time; the figures do not depend on it.
         progress: called with fine-tunings done and all fine-tunings.
+        normalisation, image_size: for files that do not say theirs.
         sites: site to its ingest report, for the report.
         privacy: result of a search for PHI canaries, for the report.
 
     Raises:
-        ConfigError: a checkpoint that does not say its network, or a task's folder that is no task.
+        ConfigError: a file whose network or normalisation is not known, or a task's folder that is no task.
         RefusedError: a weight file that cannot be read.
     """
-    checkpoints, models = _checkpoints(paths)
+    checkpoints, models = _checkpoints(paths, normalisation, image_size)
     pairs = [
         (Start(each.name, path, model, each.digest), Start(RANDOM, None, model, "random"))
         for each, path, model in zip(checkpoints, paths, models, strict=True)
@@ -102,18 +105,23 @@ def print_summary(summary: Summary) -> None:
     Console(markup=False, highlight=False).print(summary_table(summary))
 
 
-def _checkpoints(paths: Sequence[Path]) -> tuple[list[Checkpoint], list[Model]]:
+def _checkpoints(
+    paths: Sequence[Path], normalisation: str | None, image_size: int | None
+) -> tuple[list[Checkpoint], list[Model]]:
     """What every file says about itself; names are made unique by the digest's first digits."""
     if not paths:
-        raise ConfigError("no checkpoint to score", step="name a file of the run's checkpoints/")
-    models = [model_of(path) for path in paths]
-    digests = [file_digest(path) for path in paths]
+        raise ConfigError("no checkpoint to score", step="name a weight file, such as one of the run's checkpoints/")
+    opened = [open_weights(path, normalisation=normalisation, image_size=image_size) for path in paths]
+    digests = [weights.digest() for weights, _ in opened]
     if len(set(digests)) < len(digests):
         raise ConfigError("the same weights are named twice", step="name each checkpoint once")
     count = Counter(path.stem for path in paths)
     names = [p.stem if count[p.stem] == 1 else f"{p.stem}-{d[:8]}" for p, d in zip(paths, digests, strict=True)]
-    rows = zip(names, digests, paths, strict=True)
-    return [Checkpoint(name, digest, weights.read_facts(path)) for name, digest, path in rows], models
+    rows = [
+        Checkpoint(name, digest, {**weights.all_facts(), "statistics": verdict.words})
+        for name, digest, (weights, verdict) in zip(names, digests, opened, strict=True)
+    ]
+    return rows, [weights.model for weights, _ in opened]
 
 
 def _score(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from rin.common import weights
+from rin.common import formats, weights
 from rin.common.backbones import initial
 from rin.common.errors import ConfigError
 from rin.common.plan import Model
@@ -91,6 +92,18 @@ def test_processes_beside_each_other_find_the_same_figures(checkpoints: list[Pat
     assert [score.comparison for score in beside.scores] == [score.comparison for score in alone.scores]
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert not multiprocessing.active_children()
+
+
+def test_weights_of_any_layout_are_scored(checkpoints: list[Path], tmp_path: Path) -> None:
+    """The same backbone in torchvision's keys has the same score, though its file says nothing about itself."""
+    torch.save(formats.read(checkpoints[0]).backbone, tmp_path / "foreign.pth")
+    options: dict[str, Any] = {"normalisation": "symmetric", "image_size": 32}
+    ours = bench(checkpoints[:1], TASKS[:1], tmp_path / "ours", seeds=1)
+    foreign = bench([tmp_path / "foreign.pth"], TASKS[:1], tmp_path / "out", seeds=1, **options)
+    assert foreign.scores[0].comparison == ours.scores[0].comparison
+    facts = foreign.checkpoints[0].facts
+    assert (facts["layout"], facts["normalisation"], facts["image_size"]) == ("torchvision", "symmetric", 32)
+    assert "statistics" in facts
 
 
 def test_nothing_and_the_same_twice_are_refused(checkpoints: list[Path], tmp_path: Path) -> None:
