@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE: Final = MAX_PLAN + (64 << 10)  # bytes; no message here holds weights
 MAX_STREAMS: Final = 8  # calls at once; one Train stream and a few Hellos are normal
 PULSE: Final = 0.5  # seconds between two events of a stream
+LAST_WORDS: Final = 1.0  # seconds for the answer of a trainer that cannot go on
 LIMITS: Final = [
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
@@ -87,6 +88,9 @@ class _Job:
             with self.news:
                 self.result = result
                 self.news.notify_all()
+            if self._trainer.lost:
+                log.error("the device is lost to this process; the agent starts a new one")
+                threading.Timer(LAST_WORDS, os._exit, [1]).start()
 
     def _report(self, progress: Progress) -> None:
         self.progress = progress  # streams look twice a second; waking them at each step would cost more

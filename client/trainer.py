@@ -24,7 +24,7 @@ from rin.client.home import Home
 from rin.client.jobs import Jobs, Stored, put_out, take_in
 from rin.client.norms import LocalNorms
 from rin.client.site import Site, read_site
-from rin.client.training import check, images_of, limit_memory, local_steps, release_memory
+from rin.client.training import check, device_answers, images_of, limit_memory, local_steps, release_memory
 from rin.common import egress, keys
 from rin.common.errors import DEVICE_STEPS, RefusedError, RinError, device_fault
 from rin.common.events import Events
@@ -75,12 +75,17 @@ class Done:
 
 
 class Trainer:
-    """One home's trainer. Not for several threads at once: the airlock gives it one job after another."""
+    """One home's trainer. Not for several threads at once: the airlock gives it one job after another.
+
+    Attributes:
+        lost: the device failed in a way that only a new process gets over.
+    """
 
     def __init__(self, home: Home) -> None:
         self.home = home
         self.jobs = Jobs(home)
         self.events = Events(home.vault_log / "events.jsonl")
+        self.lost = False
         self._warm: tuple[str, Network, Layout] | None = None
         for folder in (home.jobs, home.vault_log):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -282,7 +287,9 @@ class Trainer:
             refusal = refusal_of(error)
             if refusal.code in ("memory", "device"):
                 self._warm = None
-                release_memory(error)
+                self.lost = not device_answers()
+                if not self.lost:
+                    release_memory(error)
             if refusal.code == "internal":
                 log.error("round %d failed", request.round, exc_info=error)
             self.show(

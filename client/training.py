@@ -106,6 +106,19 @@ def limit_memory(site: Site) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 
+def device_answers() -> bool:
+    """Whether the GPU still does what this process tells it: after some faults it does so for a new process only."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def release_memory(error: BaseException) -> None:
     """Give back what the round that ended with `error` holds: its frames, what hangs together in cycles, GPU memory."""
     import gc

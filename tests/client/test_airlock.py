@@ -253,6 +253,36 @@ def test_cancel_takes_effect_at_once_and_the_same_request_goes_on(
     assert took < 2  # a step of this plan takes a tenth of a second, and its snapshot as long
 
 
+LOST = """
+import sys, time
+from pathlib import Path
+from rin.client.airlock import serve
+from rin.client.home import Home
+from rin.client.trainer import Trainer
+from rin.common.errors import RefusedError
+
+class Lost(Trainer):
+    def train(self, *_):
+        self.lost = True
+        raise RefusedError("device")
+
+server = serve(Lost(Home(Path(sys.argv[1]))), Path(sys.argv[2]))
+time.sleep(60)
+"""
+
+
+def test_a_trainer_whose_device_is_lost_says_so_and_makes_room_for_another(small_site: Make, tmp_path: Path) -> None:
+    site, path = small_site(patients=0), tmp_path / "t.sock"
+    process = subprocess.Popen([sys.executable, "-c", LOST, str(site.home.root), str(path)])
+    try:
+        hello(path)
+        assert Call(path, site.request()).join().code == "device"
+        assert process.wait(10) == 1
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_second_trainer_of_a_home_says_so(small_site: Make, tmp_path: Path) -> None:
     site = small_site(patients=0)
     process = spawn(site.home, tmp_path / "t.sock")
