@@ -19,6 +19,7 @@ SIDE: Final = 256
 IMAGE_BYTES: Final = SIDE * SIDE
 SHARD_IMAGES: Final = 16384  # 1 GiB a file
 RESERVE: Final = 64 << 20  # bytes that stay free on the disk
+_VECTOR: Final = 512  # images in one call; Linux takes 1024 pieces
 _TAG: Final = b"Signature: 8a477f597d28d172789f06886806bc55\n# images of patients; backups should leave them out\n"
 
 
@@ -67,7 +68,7 @@ class Cache:
             while rest:
                 shard, slot = divmod(self._slots, SHARD_IMAGES)
                 part = rest[: SHARD_IMAGES - slot]
-                self._write(shard, slot, b"".join(part))
+                self._write(shard, slot, part)
                 rest = rest[len(part) :]
                 self._slots += len(part)
         except OSError as error:
@@ -81,17 +82,18 @@ class Cache:
         """Overwrite slots with zeros: the images that were there are gone at once."""
         for slot in slots:
             shard, at = divmod(slot, SHARD_IMAGES)
-            self._write(shard, at, bytes(IMAGE_BYTES))
+            self._write(shard, at, [bytes(IMAGE_BYTES)])
 
-    def _write(self, shard: int, slot: int, data: bytes) -> None:
+    def _write(self, shard: int, slot: int, images: Sequence[bytes]) -> None:
         path = shard_path(self._directory, shard)
         created = not path.exists()
         fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
-            view, offset = memoryview(data), slot * IMAGE_BYTES
-            while view:
-                done = os.pwrite(fd, view, offset)
-                view, offset = view[done:], offset + done
+            done, size = 0, len(images) * IMAGE_BYTES
+            while done < size:  # one after the other without joining them: a copy of 16 MiB costs more than writing it
+                first, cut = divmod(done, IMAGE_BYTES)
+                part = [memoryview(images[first])[cut:], *images[first + 1 : first + _VECTOR]]
+                done += os.pwritev(fd, part, slot * IMAGE_BYTES + done)
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -104,7 +104,7 @@ class RadImageNet:
     """The source of layout `radimagenet`, see `run.Source`.
 
     Each image stands for a patient of its own, since the data names none. The split is that of the lists where they
-    are given, else by the hash of the image's own pixels, the same at every site.
+    are given, else by an unkeyed hash of the image's own pixels, so that it is the same at every site.
     """
 
     patients_known = False

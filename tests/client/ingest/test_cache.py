@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def test_opening_cuts_off_what_was_not_committed(tmp_path: Path) -> None:
     assert shard_path(tmp_path, 1).stat().st_size == 2 * IMAGE_BYTES
     cache.append([picture(77)])
     assert np.unique(map_shards(tmp_path, slots=7)[1][2]).tolist() == [77]
+
+
+def test_a_short_write_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, parts, at: whole(fd, [memoryview(parts[0])[:40_000]], at))
+    images = [bytes([n, 255 - n]) * (IMAGE_BYTES // 2) for n in range(3)]
+    Cache(tmp_path, slots=0).append(images)
+    assert shard_path(tmp_path, 0).read_bytes() == b"".join(images)
 
 
 def test_less_than_the_catalog_says_is_an_error(tmp_path: Path) -> None:
