@@ -19,6 +19,7 @@ import numpy.typing as npt
 from rin.common.scores import MAX_CELLS, SMALLEST_CELL, Few, GroupScores, groups, interval
 
 Index = npt.NDArray[np.int64]  # places of images, ascending
+Cell = tuple[int, int, int]  # true row, predicted row, images
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,12 @@ def published(outcomes: Outcomes, areas: Mapping[int, float], allowed: Set[Any])
             facts = group.counts(confusion="confusion" in allowed)
             auc = tuple((row, areas[row]) for row in own if row in areas and group.two_sided(row))
             facts["auc"] = auc if "auc" in allowed else ()
-            found.append(GroupScores(modality=modality, anatomy=anatomy, **facts))
-    return tuple(group.rounded() for group in _largest_cells(found))
+            found.append({"modality": modality, "anatomy": anatomy, **facts})
+    largest = _largest([cell for facts in found for cell in facts["cells"]])
+    return tuple(
+        GroupScores(**facts | {"cells": tuple(cell for cell in facts["cells"] if cell in largest)}).rounded()
+        for facts in found
+    )
 
 
 class _Group:
@@ -83,7 +88,7 @@ class _Group:
     def counts(self, *, confusion: bool) -> dict[str, Any]:
         place = self.outcomes.place[self.members]
         hit, near, far = self.members[place == 0], self.members[(place > 0) & (place < 5)], self.members[place >= 5]
-        facts: dict[str, Any] = {"images": len(self.members), **self._ranks(hit, near, far)}
+        facts: dict[str, Any] = {"images": len(self.members), "cells": (), **self._ranks(hit, near, far)}
         positives = self._parts(self.members, self.truth, self.own)
         facts["positives"] = _sizes(positives)
         if isinstance(facts["top1"], int):
@@ -145,7 +150,7 @@ class _Group:
         """Whether both `part` and the rest of `images` are enough."""
         return self.enough(part) and self.enough(np.setdiff1d(images, part))
 
-    def _cells(self, misses: Mapping[int, Index]) -> Iterable[tuple[int, int, int]]:
+    def _cells(self, misses: Mapping[int, Index]) -> Iterable[Cell]:
         for true, missed in misses.items():
             parts = self._parts(missed, self.outcomes.predicted, [row for row in self.outcomes.rows if row != true])
             yield from ((true, row, count) for row, count in _sizes(parts))
@@ -172,10 +177,6 @@ def _sizes(parts: Mapping[int, Index]) -> tuple[tuple[int, int], ...]:
     return tuple((row, len(images)) for row, images in sorted(parts.items()))
 
 
-def _largest_cells(found: list[GroupScores]) -> list[GroupScores]:
+def _largest(cells: list[Cell]) -> set[Cell]:
     """The `MAX_CELLS` largest confusion cells; the others join what is left over of their rows."""
-    order = sorted((-count, true, predicted) for group in found for true, predicted, count in group.cells)
-    kept = {(true, predicted) for _, true, predicted in order[:MAX_CELLS]}
-    return [
-        group.model_copy(update={"cells": tuple(cell for cell in group.cells if cell[:2] in kept)}) for group in found
-    ]
+    return set(sorted(cells, key=lambda cell: (-cell[2], cell))[:MAX_CELLS])

@@ -8,7 +8,6 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_auc_score
 
 from rin.common.disclosure import Outcomes
 from rin.common.labels import label_set
@@ -28,9 +27,17 @@ def top_counts(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.bool_], 
         Counts `top1`, `top5`, `images`.
     """
     columns = np.asarray(rows, dtype=np.int64)
-    order = np.argsort(-logits[:, columns], axis=1, kind="stable")
-    hits = np.take_along_axis(labels[:, columns], order, axis=1)
-    return {"top1": int(hits[:, :1].any(1).sum()), "top5": int(hits[:, :5].any(1).sum()), "images": len(logits)}
+    place = _places(logits[:, columns], labels[:, columns])
+    return {"top1": int((place < 1).sum()), "top5": int((place < 5).sum()), "images": len(logits)}
+
+
+def _places(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """(n,) how many columns stand before the first right one, by falling logit, then by column; all without any."""
+    right = np.where(labels, logits, -np.inf)
+    first = right.argmax(1)[:, None]
+    best = np.take_along_axis(logits, first, axis=1)
+    before = (logits > best) | ((logits == best) & (np.arange(logits.shape[1]) < first))
+    return np.where(labels.any(1), before.sum(1), logits.shape[1])
 
 
 def outcomes(
@@ -48,11 +55,9 @@ def outcomes(
         patient: (n,), the patient of each image.
     """
     columns = np.asarray(rows, dtype=np.int64)
-    order = np.argsort(-logits[:, columns], axis=1, kind="stable")
-    carried = np.take_along_axis(labels[:, columns], order, axis=1)
-    known = np.zeros_like(labels)
+    declared, known = logits[:, columns], np.zeros_like(labels)
     known[:, columns] = labels[:, columns]
-    return Outcomes(known, columns[order[:, 0]], carried.argmax(1), patient, tuple(rows))
+    return Outcomes(known, columns[declared.argmax(1)], _places(declared, labels[:, columns]), patient, tuple(rows))
 
 
 def log_softmax(logits: npt.NDArray[np.floating], rows: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -100,7 +105,9 @@ def macro_auc(
 
 def auc(scores: npt.NDArray[np.floating], positive: npt.NDArray[np.bool_]) -> float:
     """Area under the ROC curve of `scores` (n,) for bool `positive` (n,), both kinds present; ties count one half."""
-    return float(roc_auc_score(positive, scores))
+    above, below = scores[positive], np.sort(scores[~positive])
+    pairs = np.searchsorted(below, above, "left").sum() + np.searchsorted(below, above, "right").sum()
+    return float(pairs) / (2 * len(above) * len(below))
 
 
 def dice(predicted: npt.NDArray[np.bool_], mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from rin.common.labels import label_index, label_set
 from rin.common.metrics import auc, dice, log_softmax, macro_auc, outcomes, top_counts
@@ -34,6 +35,14 @@ def test_the_softmax_is_over_declared_rows() -> None:
 
 def test_auc_counts_ties_as_half() -> None:
     assert auc(np.array([0.0, 1.0, 1.0, 2.0]), np.array([False, False, True, True])) == pytest.approx(0.875)
+
+
+def test_auc_agrees_with_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 50, 1000):
+        positive = np.arange(n) % 3 == 0
+        for scores in (rng.normal(size=n), rng.integers(0, 4, n).astype(float)):
+            assert auc(scores, positive) == pytest.approx(roc_auc_score(positive, scores), abs=1e-12)
 
 
 def _case(names: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
