@@ -1,4 +1,4 @@
-"""Shapes of eight classes for the class-subset test: small pictures that a network learns in a minute.
+"""Shapes of eight classes for the class-subset test: small pictures that a small network learns in seconds.
 
 After performance yardsticks of federated learning: pooled training saturates within half of the budget, so that what
 is left between pooled and federated training is not what longer training would bring.
@@ -6,12 +6,14 @@ is left between pooled and federated training is not what longer training would 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
+from rin.common.backbones import BackboneRow
 from tests.simulator import Images
 
 SIDE: Final = 32
@@ -30,20 +32,42 @@ SHAPES: Final[tuple[Callable[[Grid, Grid, Grid], npt.NDArray[np.bool_]], ...]] =
 )
 
 
-def draw(kind: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """One picture (SIDE, SIDE): shape `kind` anywhere, on a broad background, with noise."""
+def draw(kinds: Sequence[int], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """One picture (SIDE, SIDE): shapes of `kinds` anywhere, on a broad background, with noise."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
-    centre, radius = rng.uniform(0.3, 0.7, 2), rng.uniform(0.18, 0.28)
     bump = rng.uniform(0, 1, 2)
-    ground = 0.25 + 0.25 * np.exp(-((x - bump[0]) ** 2 + (y - bump[1]) ** 2) / 0.3)
-    dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
-    inside = SHAPES[kind](np.hypot(dx, dy), dx, dy)
-    image = ground + rng.uniform(0.35, 0.6) * inside + rng.normal(0, 0.06, x.shape)
-    return np.clip(image * 255, 0, 255).astype(np.uint8)
+    image = 0.25 + 0.25 * np.exp(-((x - bump[0]) ** 2 + (y - bump[1]) ** 2) / 0.3)
+    for kind in kinds:
+        centre, radius = rng.uniform(0.2, 0.8, 2), rng.uniform(0.15, 0.22)
+        dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
+        image += rng.uniform(0.25, 0.5) * SHAPES[kind](np.hypot(dx, dy), dx, dy)
+    return np.clip((image + rng.normal(0, 0.06, x.shape)) * 255, 0, 255).astype(np.uint8)
 
 
-def drawn(counts: Mapping[int, int], rows: tuple[int, ...], seed: tuple[int, ...]) -> Images:
-    """`counts` pictures of each kind in a seeded order; kind k carries label `rows[k]`."""
+def drawn(first: Mapping[int, int], labelled: Collection[int], rows: Sequence[int], seed: Sequence[int]) -> Images:
+    """Pictures of two shapes each, in a seeded order: the first as often as `first` says, the second any other.
+
+    Whoever looks at them knows the kinds `labelled` only; kind k carries label `rows[k]`.
+    """
     rng = np.random.default_rng(seed)
-    kinds = rng.permutation(np.repeat(list(counts), list(counts.values())))
-    return Images(np.stack([draw(int(kind), rng) for kind in kinds]), [(rows[kind],) for kind in kinds])
+    pixels, labels = [], []
+    for kind in rng.permutation(np.repeat(list(first), list(first.values()))).tolist():
+        second = int((kind + rng.integers(1, len(SHAPES))) % len(SHAPES))
+        pixels.append(draw((kind, second), rng))
+        labels.append(tuple(rows[each] for each in (kind, second) if each in labelled))
+    return Images(np.stack(pixels), labels)
+
+
+class Shallow(nn.Sequential):
+    """A network that learns shapes in seconds, in place of resnet18: three layers, 512 features."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for before, after in ((3, 16), (16, 32), (32, 32)):
+            layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)]
+        super().__init__(*layers, nn.Flatten())
+        self.fc = nn.Identity()
+
+
+SHALLOW: Final = BackboneRow(Shallow, 32 * (SIDE // 8) ** 2, (16, 32, 32, 32, 32))

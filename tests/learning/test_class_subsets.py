@@ -1,13 +1,12 @@
 """Sites that each lack some classes: federated training against pooled training and plain averaging, three seeds.
 
-Two processes of one thread each; about twelve minutes on two free cores. The figures are printed, one JSON line a seed.
+Two processes of one thread each; about ten minutes on two free cores. The figures are printed, one JSON line a seed.
 """
 
 import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 
