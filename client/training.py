@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,13 +108,18 @@ def limit_memory(site: Site) -> None:
 
 
 def device_answers() -> bool:
-    """Whether the GPU still does what this process tells it: after some faults it does so for a new process only."""
+    """Whether the device still does what this process tells it: after some faults it does so for a new process only.
+
+    A GPU may be lost. A CPU's kernels are made for each shape, and none is made any more after one got no memory:
+    so this asks for a shape that was hardly used before.
+    """
     import torch
 
-    if not torch.cuda.is_initialized():
-        return True
     try:
-        torch.cuda.synchronize()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        width = 8 + time.monotonic_ns() // 1000 % 4096
+        torch.nn.functional.conv2d(torch.zeros(2, 3, 8, width), torch.zeros(5, 3, 2, 2))
     except RuntimeError:
         return False
     return True

@@ -92,7 +92,8 @@ class StateError(RinError):
 
 
 # Words of torch and its libraries; torch is not imported here. The last is all that oneDNN says when it gets no memory.
-_FULL: Final = ("allocate memory", "out of memory", "not enough memory", "_ALLOC_FAILED", "create a primitive")
+_STUCK: Final = "could not create a primitive"
+_FULL: Final = ("allocate memory", "out of memory", "not enough memory", "_ALLOC_FAILED", _STUCK)
 _FAILED: Final = ("CUDA error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "NCCL error")
 _COMPILER: Final = ("torch._dynamo", "torch._inductor")
 DEVICE_STEPS: Final[dict[str, str]] = {  # what the site's operator does about them
@@ -112,3 +113,8 @@ def device_fault(error: BaseException) -> str:
         return "memory"
     failed = kind.__name__ == "AcceleratorError" or kind.__module__.startswith(_COMPILER)
     return "device" if failed or any(words in text for words in _FAILED) else ""
+
+
+def kernels_stuck(error: BaseException) -> bool:
+    """Whether a CPU's kernels got no memory while they were made: in this process they can never be made again."""
+    return isinstance(error, RuntimeError) and _STUCK in str(error)

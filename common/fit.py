@@ -142,7 +142,12 @@ def fit(
         for step in range(first, recipe.steps):
             if cancelled():
                 raise RefusedError("cancelled")
-            total += gradients(*next(stream), seed_of(*key, "layers", step))
+            try:
+                total += gradients(*next(stream), seed_of(*key, "layers", step))
+            except MemoryError:
+                if snapshots is not None:
+                    snapshots.keep(step, held)  # the next try begins with the parts found so far
+                raise
             if adjust is not None:
                 adjust()
             stepper(step)

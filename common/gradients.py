@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from rin.common.errors import device_fault
+from rin.common.errors import device_fault, kernels_stuck
 from rin.common.heads import Loss
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class Gradients:
         """Mean loss of the batch, without its graph; random layers draw from `seed`.
 
         Raises:
-            MemoryError: not even single images fit.
+            MemoryError: not even single images fit, and `parts` is 1 again; or only another process can go on, with
+                `parts` as it is now. What the attempts changed is as it was.
         """
         before = [value.clone() for value in self._touched]
         # Made before the graph of the batch, so older than all of it: see `_release`.
@@ -64,15 +65,19 @@ class Gradients:
             except (RuntimeError, MemoryError) as error:
                 if device_fault(error) != "memory":
                     raise
+                stuck = kernels_stuck(error)
             # Only outside the handler are the frames of the attempt gone, and what they hold.
             self._release(oldest)
-            if self._count is None or 2 * self.parts > len(inputs):
-                raise MemoryError("not even single images fit")
             with torch.no_grad():
                 for value, old in zip(self._touched, before, strict=True):
                     value.copy_(old)
+            if self._count is None or 2 * self.parts > len(inputs):
+                self.parts.fill_(1)
+                raise MemoryError("not even single images fit")
             self.parts *= 2
             log.warning("a batch does not fit into memory: from here on in %d parts", self.parts)
+            if stuck:
+                raise MemoryError("only another process can go on")
 
     def _sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self._module.zero_grad(set_to_none=True)

@@ -89,12 +89,17 @@ class Snapshots:
     def after(self, step: int, held: Held) -> None:
         """Called after every step; writes when it is time. A full disk costs the snapshot, not the round."""
         begun = time.monotonic()
-        if begun < self._next or not self._writes:
+        if begun < self._next:
             return
-        with contextlib.suppress(OSError):
-            write_state(self._path, held.tensors(), {"name": self._name, "step": step})
+        self.keep(step, held)
         done = time.monotonic()
         self._next = done + max(self._every, (done - begun) / SHARE) if self._every else 0.0
+
+    def keep(self, step: int, held: Held) -> None:
+        """Write now what is held after `step` steps."""
+        if self._writes:
+            with contextlib.suppress(OSError):
+                write_state(self._path, held.tensors(), {"name": self._name, "step": step})
 
     def remove(self) -> None:
         """The stretch is over."""

@@ -1,5 +1,8 @@
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rin.common.errors import RefusedError, device_fault
-from rin.common.fit import fit
+from rin.common.fit import fit, settle
 from rin.common.gradients import Gradients
-from rin.common.heads import LOSSES
+from rin.common.heads import LOSSES, Single
 from rin.common.recipe import Recipe
+from rin.common.snapshots import Snapshots
 
 CPU = torch.device("cpu")
 ROWS, EXHAUSTIVE = (0, 2, 3), (2,)
@@ -169,3 +173,57 @@ def test_a_fault_of_the_device_has_a_code(fails: Callable[[], None], code: str) 
     assert device_fault(caught.value) == code
     assert device_fault(MemoryError()) == "memory"
     assert device_fault(ValueError("out of memory")) == ""
+
+
+STUCK = """
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from rin.common.errors import RefusedError
+from rin.common.fit import settle
+from tests.common.test_gradients import CPU, begun, stretch
+
+settle(CPU, 1)
+module = begun()
+image, weight = torch.zeros(2, 4, 9, 9), torch.zeros(4, 4, 3, 3)
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used - 2**20, resource.RLIM_INFINITY))
+try:
+    torch.nn.functional.conv2d(image, weight)
+except RuntimeError:
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+try:
+    stretch(module, Path(sys.argv[1]))
+except RefusedError as error:
+    assert error.code == "memory", error.code
+else:
+    raise SystemExit("kernels were made again")
+"""
+
+
+def begun() -> nn.Sequential:
+    return net(nn.BatchNorm2d(8)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def stretch(module: nn.Module, path: Path | None) -> float:
+    recipe, goal = Recipe(steps=2, learning_rate=0.1), Single(ROWS)
+    snapshots = Snapshots(path, "one") if path else None
+    batches = [batch(8)] * 2
+    return fit(module, lambda at: batches[at:], goal, recipe, device=CPU, key=("x",), snapshots=snapshots)
+
+
+def test_another_process_goes_on_with_the_parts_that_were_found(tmp_path: Path) -> None:
+    settle(CPU, 1)
+    command = [sys.executable, "-c", STUCK, str(tmp_path / "kept")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = []
+    for path in (tmp_path / "kept", None):
+        module = begun()
+        stretch(module, path)
+        found.append(module.state_dict())
+    whole, halves = found[1], found[0]
+    assert not torch.equal(whole["1.running_mean"], halves["1.running_mean"])  # of parts
+    assert int(halves["1.num_batches_tracked"]) == 4 and int(whole["1.num_batches_tracked"]) == 2
