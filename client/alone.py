@@ -82,7 +82,7 @@ def train(
 
     Args:
         data: a plan file's bytes; it need not name the site, and nobody has to have accepted it.
-        weights: a weight file of any layout to start from, else the plan's random ones; read at the first start only.
+        weights: a weight file of any layout to start from, else the plan's random ones; may be left out when going on.
         normalisation: what that file was trained with, if it does not say.
         progress: called with steps done and all steps of all rounds.
         cancelled: asked before each step and each batch of validation; a code ends the work.
@@ -123,28 +123,32 @@ class _Alone:
     def begin(self, data: bytes, path: Path | None, normalisation: str | None) -> None:
         """See that the folder is this training's; make it, with the first weights, where it is new."""
         wanted = {"plan": self.digest, "site": self.site.site, "labels": list(self.site.labels.rows())}
-        if self.folder.facts.exists():
-            found = read_json(self.folder.facts)
-            if different := [key for key, value in wanted.items() if found.get(key) != value]:
-                raise StateError(
-                    f"{self.folder.root} holds a training of another {' and '.join(different)}",
-                    step="choose another --out, or go back to what it was begun with",
-                )
-            return
-        from rin.common import formats
+        new = not self.folder.facts.exists()
+        if new or path is not None:
+            network = _first(self.plan, path, normalisation)
+            wanted["weights"] = _digest(network)
+            if new:
+                self._make(network, data, wanted)
+        found = read_json(self.folder.facts)
+        if different := [key for key, value in wanted.items() if found.get(key) != value]:
+            raise StateError(
+                f"{self.folder.root} holds a training of another {' and '.join(different)}",
+                step="choose another --out, or go back to what it was begun with",
+            )
+
+    def _make(self, network: Network, data: bytes, wanted: dict[str, Any]) -> None:
+        """Write the start; the file that says what the folder is comes last."""
         from rin.common.weights import layout_of, save
 
-        network = _first(self.plan, path, normalisation)
-        start = formats.weights_of(network).digest()
-        if self.plan.model.start not in ("", start):
+        if self.plan.model.start not in ("", wanted["weights"]):
             raise ConfigError(
-                f"the plan starts from weights {self.plan.model.start}, not {start}",
+                f"the plan starts from weights {self.plan.model.start}, not {wanted['weights']}",
                 step="pass --weights with the file that the plan was made with",
             )
         write_atomic(self.folder.root / "plan.toml", data)
-        facts = self._facts(0) | {"weights": start}
+        facts = self._facts(0) | {"weights": wanted["weights"]}
         save(self.folder.checkpoint(0), network, layout_of(network), facts=facts)
-        write_json(self.folder.facts, wanted | {"start": start})
+        write_json(self.folder.facts, wanted)
 
     def main(self, on_round: Callable[[Figures], None]) -> Path:
         """Round after round; a line of figures after each."""
@@ -280,6 +284,12 @@ def _first(plan: Plan, path: Path | None, normalisation: str | None) -> Network:
             step="change [model] of the plan, or choose other weights",
         )
     return weights.into(network)
+
+
+def _digest(network: Network) -> str:
+    from rin.common.formats import weights_of
+
+    return weights_of(network).digest()
 
 
 def _copies(network: Network, layout: Layout) -> dict[str, Floats]:

@@ -182,7 +182,10 @@ def train(
     plan: Annotated[
         Path, typer.Option("--plan", help="plan.toml: network, rounds, schedule; it need not name the site.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and figures; the same one goes on there.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", file_okay=False, help="Folder for checkpoints and figures; the same one goes on there."),
+    ],
     home: HomeOption = None,
     weights: Annotated[
         Path | None, typer.Option(help="Weights to start from, in any layout. Default: random.", show_default=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -35,6 +36,12 @@ def lives(orders: Sequence[tuple[SmallSite, Mapping[int, Sequence[int]]]]) -> li
     done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def cpu_seconds() -> float:
+    """Of all children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def updates(site: SmallSite) -> dict[str, str]:
@@ -72,10 +79,10 @@ def test_fifty_kills_leave_the_same_bits(small_site: Make) -> None:
     chosen = sorted(random.Random(50).sample(range(1, steps * rounds), 50))
     kills = {n: [k - (n - 1) * steps for k in chosen if 0 < k - (n - 1) * steps <= steps] for n in range(1, rounds + 1)}
     disturbed, other = small_site(steps=steps), small_site(steps=steps, name="undisturbed")
-    began = time.monotonic()
+    began, used = time.monotonic(), cpu_seconds()
     found = lives([(disturbed, kills), (other, dict.fromkeys(kills, ()))])
     killed = [life for life in found if life["killed"]]
-    print(f"{len(killed)} kills in {time.monotonic() - began:.0f} s, first steps {[life['first'] for life in found]}")
+    print(f"{len(killed)} kills: {time.monotonic() - began:.0f} s, of them {cpu_seconds() - used:.0f} s CPU")
     assert len(killed) >= 48  # a round may end before its last kill comes
     check(found, steps)
     assert updates(disturbed) == updates(other)
