@@ -161,18 +161,17 @@ def spawn(site: SmallSite, request: Request) -> subprocess.Popen[str]:
 def test_kill_9_leaves_nobody_and_the_same_bits(small_site: Make, victim: str) -> None:
     site, other = small_site(steps=STEPS), small_site(steps=STEPS, name="undisturbed")
     request, _ = grouped(site, 2)
-    process = spawn(site, request)
-    assert process.stdout is not None
-    while int(process.stdout.readline()) < 3:
-        pass
-    workers = [pid for pid in left_of(site.home.jobs) if b"float32" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(process.pid if victim == "trainer" else workers[-1], signal.SIGKILL)
-    words = process.stdout.read().split()
-    process.wait()
+    with spawn(site, request) as process:
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < 3:
+            pass
+        workers = [pid for pid in left_of(site.home.jobs) if b"float32" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(process.pid if victim == "trainer" else workers[-1], signal.SIGKILL)
+        words = process.stdout.read().split()
     assert victim == "trainer" or words[-1] == "internal"
     wait_until_gone(site.home.jobs)
-    again, whole = spawn(site, request), spawn(other, grouped(other, 2)[0])
-    lines, undisturbed = again.communicate()[0].split(), whole.communicate()[0].split()
+    with spawn(site, request) as again, spawn(other, grouped(other, 2)[0]) as whole:
+        lines, undisturbed = again.communicate()[0].split(), whole.communicate()[0].split()
     assert int(lines[0]) > 1
     assert lines[-1] == undisturbed[-1]
     assert len(lines[-1]) == 64
