@@ -16,7 +16,7 @@ from rin.common.backbones import Network
 from rin.common.batches import Data
 from rin.common.disclosure import published
 from rin.common.errors import RefusedError
-from rin.common.fit import EVAL_BATCH, infer, never, settle
+from rin.common.fit import EVAL_BATCH, faults, infer, never, settle
 from rin.common.heads import LOSSES
 from rin.common.metrics import log_softmax, macro_auc, outcomes, top_counts
 from rin.common.plan import MetricName, Plan
@@ -48,13 +48,13 @@ def evaluate(
     The module comes back in the modes that it had.
 
     Raises:
-        RefusedError: no-data, cancelled (asked before each batch) or memory.
+        RefusedError: no-data, cancelled (asked before each batch), memory or device.
     """
     if len(data) == 0:
         raise RefusedError("no-data")
     settle(device, threads)
     logits, labels = [], []
-    with _eval_mode(module), _memory():
+    with _eval_mode(module), faults():
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         for start in range(0, len(data), EVAL_BATCH):
             images, found = data.batch(np.arange(start, min(start + EVAL_BATCH, len(data))))
@@ -104,11 +104,3 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
-
-
-@contextlib.contextmanager
-def _memory() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise RefusedError("memory") from None
