@@ -249,6 +249,10 @@ def _model(
         raise RefusedError(
             "bad-weights", f"{name} holds {backbone} with {norm} norm and says that it is something else"
         )
+    if normalisation is not None and normalisation not in backbones.NORMALISATIONS:
+        raise ConfigError(
+            f"normalisation {normalisation} is not known", step=f"choose one of {', '.join(backbones.NORMALISATIONS)}"
+        )
     meant = said.get("normalisation")
     if meant and normalisation and meant != normalisation:
         raise ConfigError(
@@ -267,8 +271,12 @@ def _model(
     values |= {"image-size": size} if size else {}
     try:
         return Model.model_validate(values)
-    except ValidationError:
-        raise ConfigError(f"{name} is of a network that this release does not have", step=KNOWN) from None
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ConfigError(
+            f"{name} is of a network that this release does not have: {faults}",
+            step="choose another --image-size" if image_size else "install the release that wrote the file",
+        ) from None
 
 
 def same_keys(backbone: str, norm: str, other: str) -> bool:

@@ -52,8 +52,8 @@ class Model(Table):
     image_size: Annotated[int, Field(ge=32, le=512)] = 224  # pixels a side that it sees; left out: the backbone's own
     normalisation: Literal["symmetric", "imagenet"] = "symmetric"  # see rin.common.backbones.NORMALISATIONS
     target: Literal["single", "multi"] = "single"  # softmax over declared labels, or one sigmoid a label
-    # Empty: random weights of training.seed; else the hex SHA-256 of the tensor bytes of the weights that round 1 starts
-    # from, in the layout of the wire.
+    # Empty: random weights of training.seed; else the hex SHA-256 of the tensor bytes of what round 1 starts from, in
+    # the layout of the wire.
     start: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     local_norms: bool = (
         False  # FedBN (Li et al. 2021): each site trains on with its own norm layers; see rin.client.norms

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from rin.common.labels import Label, label_set
 from rin.common.plan import Plan, plan_digest, read_plan
+from rin.common.settings import Table
 from rin.common.weights import read_facts
 from rin.server.record import Record, read_record
 from rin.server.rundir import RunDir
@@ -118,10 +119,11 @@ class Card:
 
     def _title(self) -> str:
         facts = self.facts
+        head = f"{len(label_set())} labels, names by row in {self.name}.json, label set {facts.get('label_set')}"
         rows = [
             ("backbone", facts["backbone"]),
             ("norm", facts["norm"]),
-            ("head", f"{len(label_set())} labels, label set {facts['label_set']}" if self.head else "none"),
+            ("head", head if self.head else "none"),
             ("weights", f"SHA-256 of the tensor bytes {self.digest}"),
             ("made with", f"rin {facts.get('release', NOT_STATED)}"),
         ]
@@ -172,15 +174,14 @@ class Card:
         if plan.model.start:
             layout = f", read from a file in {source['layout']} layout (SHA-256 {source['file']})" if source else ""
             start = f"weights {plan.model.start}{layout}"
+        tables: dict[str, Table] = {"network": plan.model, "training": training}
+        tables |= {"augment": plan.augment, "strategy": plan.strategy}
         rows = [
             ("plan", f"{plan.name}, SHA-256 {self.run.digest}"),
             ("started from", start),
             ("rounds", f"{min(self.run.number, training.rounds)} of {training.rounds}"),
-            ("strategy", plan.strategy.name),
-            *((key.replace("_", " "), str(value)) for key, value in training.model_dump(mode="json").items()),
-            ("target", plan.model.target),
+            *((name, _inline(table)) for name, table in tables.items()),
         ]
-        rows = [row for i, row in enumerate(rows) if row[0] not in {name for name, _ in rows[:i]}]
         measured = ""
         if self.run.measured:
             measured = "On held-out patients of the sites, with small counts withheld:\n\n" + _table(
@@ -202,6 +203,11 @@ class Card:
             f"{self.bench['seeds']} seeds, 95 % intervals over test images ({made}).",
             _table(("task", "from these weights", "from random", "difference", "verdict"), rows),
         )
+
+
+def _inline(table: Table) -> str:
+    values = table.model_dump(mode="json", by_alias=True, exclude={"start", "rounds"})
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _score(score: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from rin.common.files import fsync_dir, read_json, sha256_file, write_atomic, wr
 from rin.common.formats import Weights, network_of, read
 from rin.common.guard import Verdict
 from rin.common.keylayouts import radimagenet_state, torchvision_state
-from rin.common.labels import label_set_digest
+from rin.common.labels import label_set, label_set_digest
 from rin.common.layout import Layout
 from rin.common.weights import write_tensors
 from rin.server.card import UNKNOWN_PRIVACY, Card, File, RunData, run_data
@@ -196,6 +196,7 @@ def _said(card: Card) -> dict[str, Any]:
     """The facts as a file for programs, for formats that hold none."""
     return {
         **card.facts,
+        "labels": [label.name for label in label_set()] if card.head else [],
         "files": [asdict(file) for file in card.files],
         "licence": card.licence or None,
         "statistics": card.statistics,

@@ -43,6 +43,8 @@ ADAPTERS = {
     "grpc": {"client/airlock.py", "client/trainer_pb2_grpc.py"},
     "opacus": set[str](),
     "timm": {"common/backbones.py"},
+    "onnx": {"server/onnxfile.py"},
+    "onnxruntime": {"server/onnxfile.py"},
 }
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 

@@ -265,6 +265,11 @@ def test_our_files_must_be_what_they_say(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="says that its normalisation is symmetric"):
         formats.read(tmp_path / "w", normalisation="imagenet")
     assert formats.read(tmp_path / "w", image_size=96).model.image_size == 96
+    with pytest.raises(ConfigError, match="image-size") as caught:
+        formats.read(tmp_path / "w", image_size=16)
+    assert "--image-size" in caught.value.step
+    with pytest.raises(ConfigError, match="caffe is not known"):
+        formats.read(tmp_path / "w", normalisation="caffe")
 
 
 def test_a_head_over_other_labels_is_dropped(tmp_path: Path) -> None:

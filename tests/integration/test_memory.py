@@ -1,6 +1,6 @@
 """What the processes of a consortium hold: an idle agent is small, and a hundred rounds leave nothing behind.
 
-One site, real processes over TLS; about ten minutes on two cores. The figures are printed.
+Two sites, real processes over TLS; about ten minutes on two cores. The figures are printed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SLACK_MB: Final = 4.0
 NAMES: Final = {
     r"rin\.client\.cli start": "agent: supervisor",
     r"rin\.client\.airlock": "trainer",
-    r"flower-supernode": "agent: SuperNode",
+    r"run_supernode": "agent: SuperNode",
     r"rin\.server\.cli run": "coordinator: supervisor",
     r"rin\.server\.gateway": "gateway",
     r"flower-superlink": "SuperLink",
@@ -61,17 +61,16 @@ def _name(command: str) -> str:
 
 
 def test_an_idle_agent_is_small_and_a_hundred_rounds_leave_nothing_behind(tmp_path: Path) -> None:
-    this = Consortium(tmp_path, ingest_phantom(tmp_path), sites=("north",), rounds=ROUNDS, steps=1)
-    with this.agents() as agents:
-        pid = agents["north"].pid
-        wait_for(lambda: len(held(pid)) >= 3, seconds=120, what="the agent's processes")
-        time.sleep(15)
-        idle = {name: size for (_, name), size in held(pid, kind="VmRSS").items()}
-        with this.coordinator() as coordinator:
-            sizes: list[dict[tuple[int, str], float]] = []
+    this = Consortium(tmp_path, ingest_phantom(tmp_path), rounds=ROUNDS, steps=1)
+    with this.coordinator() as coordinator, this.agent("north") as north:
+        wait_for(lambda: "agent: SuperNode" in _named(held(north.pid)), seconds=240, what="the agent's processes")
+        time.sleep(20)  # nothing happens before both sites are there
+        idle = _named(held(north.pid, kind="VmRSS"))
+        sizes: list[dict[tuple[int, str], float]] = []
+        with this.agent("south") as south:
             while coordinator.poll() is None:
                 if _closed(this) > len(sizes):
-                    sizes.append(held(pid, coordinator.pid))
+                    sizes.append(held(coordinator.pid, north.pid, south.pid))
                 time.sleep(0.2)
         assert coordinator.returncode == 0, this.logs()
     agent = sum(size for name, size in idle.items() if name != "trainer")

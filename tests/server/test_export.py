@@ -98,6 +98,7 @@ def test_a_runs_checkpoint_comes_out_with_all_that_the_run_knows(run: RunDir, tm
     said = json.loads((tmp_path / "out" / "resnet18-round-0002.json").read_text())
     assert [file["sha256"] for file in said["files"]] == [file.sha256 for file in done.files]
     assert {key: said[key] for key in facts} == facts
+    assert said["labels"][3] == label_set()[3].name
 
 
 def test_an_export_never_overwrites_and_leaves_nothing_half_done(run: RunDir, tmp_path: Path) -> None:

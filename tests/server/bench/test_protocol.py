@@ -83,10 +83,10 @@ def test_both_starts_share_the_head_and_differ_in_the_backbone(checkpoint: Path)
     assert ours.head.weight.shape == (3, 512)
     assert torch.equal(ours.head.weight, random.head.weight)
     assert all(torch.equal(value, pretrained[name]) for name, value in ours.backbone.state_dict().items())
-    assert not torch.equal(ours.backbone.conv1.weight, random.backbone.conv1.weight)
+    assert not torch.equal(ours.backbone.get_parameter("conv1.weight"), random.backbone.get_parameter("conv1.weight"))
     other = start(model(), None, classes=3, seed=6)
     assert not torch.equal(other.head.weight, random.head.weight)
-    assert not torch.equal(other.backbone.conv1.weight, random.backbone.conv1.weight)
+    assert not torch.equal(other.backbone.get_parameter("conv1.weight"), random.backbone.get_parameter("conv1.weight"))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("phantom-nodule", "auc"), ("phantom-lesion", "dice")])
