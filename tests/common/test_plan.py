@@ -55,7 +55,11 @@ def test_a_short_plan_has_the_strict_defaults() -> None:
         ("rounds = 3", "rounds = 3\nema = 1.0", "training.ema: want less than 1, got 1.0"),
         ("rounds = 3", 'rounds = 3\nsampling = "balanced"\nlogit-adjustment = 1.0', "choose one of them"),
         ("[training]", '[augment]\nflip = "left"\n[training]', "augment.flip"),
-        ("[training]", '[model]\ntarget = "multi"\n[training]\nlogit-adjustment = 1.0', 'needs model.target = "single"'),
+        (
+            "[training]",
+            '[model]\ntarget = "multi"\n[training]\nlogit-adjustment = 1.0',
+            'needs model.target = "single"',
+        ),
         ("[training]", '[model]\nbackbone = "vit"\n[training]', "model.backbone: want 'resnet18', 'resnet50'"),
         ("[training]", '[model]\nnorm = "layer"\n[training]', "model.norm: want 'batch' or 'group'"),
         ("[training]", "[model]\nimage-size = 31\n[training]", "model.image-size: want greater than or equal to 32"),
