@@ -51,7 +51,7 @@ def footprint_mb(pids: Iterable[int]) -> float:
     """What processes take together in MB: private memory of each, and what they map of files once."""
     private, mapped = 0, dict[str, int]()
     for pid in pids:
-        place = ""
+        place, resident = "", 0
         for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
             key, _, rest = line.partition(" ")
             if not key.endswith(":"):  # the head of a mapping: address, mode, offset, device, inode, path
