@@ -25,6 +25,7 @@ test-slow: dev
 	$(BIN)/python -m pytest -m slow
 
 bench: dev
+	$(BIN)/python -m tests.benchmarks.training
 	$(BIN)/python -m tests.benchmarks.round_overhead
 	$(BIN)/python -m tests.benchmarks.coordinator_memory
 
