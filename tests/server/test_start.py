@@ -18,6 +18,7 @@ from rin.common.layout import file_digest
 from rin.common.plan import Model, parse_plan, plan_digest
 from rin.server import checkpoints, start
 from rin.server.consortium import plan_template
+from rin.server.export import export, newest
 from rin.server.rundir import RunDir
 from tests.simulator import TINY, make, plan_text, stripes
 
@@ -122,7 +123,12 @@ def test_sites_train_only_from_the_start_that_they_accepted(ours: Path, tmp_path
     good = make(tmp_path / "good", images, declared, made.plan)
     start.write(good.run, made)
     good.go()
-    assert good.run.checkpoint(1).exists()
+    export(newest(good.run), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        f"| started from | weights {made.digest}, read from a file in rin layout (SHA-256 {made.source['file']}) |"
+        in card
+    )
     bad = make(tmp_path / "bad", images, declared, made.plan)
     start.write(bad.run, made)
     layout = checkpoints.begin(bad.run, bad.plan, plan_digest(made.plan))
