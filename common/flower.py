@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Callable
@@ -241,7 +242,14 @@ def run_supernode() -> None:
     from flwr.supernode.cli import flower_supernode
 
     hurry_supernode(importlib.import_module("flwr.supernode.start_client_internal"))
-    flower_supernode()
+    try:
+        flower_supernode()
+    except KeyboardInterrupt:
+        # How it ends where the coordinator no longer knows it. Its other threads may wait for ever, and the process
+        # with them; the supervisor starts another only once it is gone.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def guard_serverapp(module: Any) -> None:
