@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,14 @@ class Tiny(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(torch.relu(self.bn1(self.conv1(x))).mean((2, 3)))
+
+
+def quicken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`TINY` in place of resnet18, and a round loop that hardly waits."""
+    monkeypatch.setitem(backbones.BACKBONES, "resnet18", TINY)
+    for name in ("POLL_S", "PORT_S", "LONGEST_S", "PAUSE_S"):
+        monkeypatch.setattr(rounds, name, 0.002)
+    monkeypatch.setattr(rounds._Asked, "__init__", functools.partialmethod(rounds._Asked.__init__, pause=0.002))
 
 
 TINY = backbones.BackboneRow(Tiny, 8, (8, 8, 8, 8, 8))  # type: ignore[arg-type]

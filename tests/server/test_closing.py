@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 from rin.client.data import TrainingData
 from rin.client.site import read_site
 from rin.common import evaluate, metrics
-from rin.common.backbones import BACKBONES, initial
+from rin.common.backbones import initial
 from rin.common.disclosure import published
 from rin.common.errors import RefusedError
 from rin.common.events import read_events
@@ -24,10 +23,9 @@ from rin.common.layout import NOTHING
 from rin.common.scores import GroupScores, groups
 from rin.common.weights import read_into
 from rin.common.wire import Manifest, Request
-from rin.server import rounds
 from rin.server.record import Record, read_record
 from rin.server.validation import Validation, summed
-from tests.simulator import TINY, Consortium, Images, make, plan_text, stripes
+from tests.simulator import Consortium, Images, make, plan_text, quicken, stripes
 
 ROWS = tuple(label.index for label in groups()["CT", "lung"])[:3]
 SITES = ("siteA", "siteB", "siteC")
@@ -36,10 +34,7 @@ FIGURES = ("validation", "confusion", "auc")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
-    for name in ("POLL_S", "PORT_S", "LONGEST_S", "PAUSE_S"):
-        monkeypatch.setattr(rounds, name, 0.002)
-    monkeypatch.setattr(rounds._Asked, "__init__", functools.partialmethod(rounds._Asked.__init__, pause=0.002))
+    quicken(monkeypatch)
 
 
 def mixed(n: int, seed: int) -> Images:

@@ -1,4 +1,3 @@
-import functools
 import os
 import signal
 import subprocess
@@ -23,17 +22,14 @@ from rin.server import checkpoints, members, receipts, rounds, tickets
 from rin.server.aggregate import inspect
 from rin.server.record import Record, last_record, read_record, write_record
 from tests import simulator
-from tests.simulator import TINY, Consortium, small
+from tests.simulator import TINY, Consortium, quicken, small
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
-    for name in ("POLL_S", "PORT_S", "LONGEST_S", "PAUSE_S"):
-        monkeypatch.setattr(rounds, name, 0.002)
-    monkeypatch.setattr(rounds._Asked, "__init__", functools.partialmethod(rounds._Asked.__init__, pause=0.002))
+    quicken(monkeypatch)
 
 
 def record_of(made: Consortium, number: int) -> Record:
