@@ -19,50 +19,31 @@ import torch
 from rin.client.data import TrainingData
 from rin.client.home import Home
 from rin.common import fit
-from rin.common.backbones import Network, build, initial
+from rin.common.backbones import BACKBONES, Network, build, initial
 from rin.common.labels import label_index, label_set
 from rin.common.metrics import macro_auc
-from rin.common.plan import Plan, parse_plan
+from rin.common.plan import parse_plan
 from rin.common.weights import read_into
 from rin.server.bench import protocol
 from rin.server.bench.tasks import TASKS
 from rin.server.phantom import PHANTOM_LABELS, SITES, draw
 from tests import simulator
+from tests.learning import setup
 
-SIDE: Final = 256
-IMAGES: Final = 600  # of each site, for training: as few as pooled training exhausts in the time
+SIDE: Final = 256  # of an image in the cache
+NETWORK_SIDE: Final = 64
+NETWORK: Final = setup.shallow((24, 48, 96, 96), NETWORK_SIDE)  # in place of resnet18, which learns too slowly here
+IMAGES: Final = 1000  # of each site, for training
 TEST: Final = 500  # of each site's scanners
-ROUNDS: Final = 31
-STEPS: Final = 8  # of each site and round: often averaged, the head keeps up
-BATCH: Final = 32
+ROUNDS: Final = 120
+STEPS: Final = 10  # of each site and round: often averaged, the head keeps up
 CPU: Final = torch.device("cpu")
 ROWS: Final = sorted(label_index()[label] for label in PHANTOM_LABELS)
 Pixels = npt.NDArray[np.uint8]
 
 
-def plan_bytes(seed: int, *, rounds: int = ROUNDS, steps: int = STEPS) -> bytes:
-    return (
-        simulator.plan_text(
-            sorted(SITES),
-            model={"image_size": 64},
-            training={
-                "rounds": rounds,
-                "local_steps": steps,
-                "batch_size": BATCH,
-                "optimizer": "adamw",
-                "learning_rate": 1e-3,
-                "weight_decay": 0.01,
-                "warmup_steps": rounds * steps // 10,
-                "seed": seed,
-            },
-            # A third of pooled training's sequential steps: the server's momentum makes up for some of it.
-            strategy={"name": "fedavgm", "server_momentum": 0.7},
-            limits={"min_sites": 2, "deadline_s": 7200.0},
-            retention={"checkpoints": 1},
-        )
-        .replace(b"siteB = 2.0", b"siteB = 1.0")
-        .replace(b"siteC = 3.0", b"siteC = 1.0")
-    )
+def plan_bytes(seed: int, rounds: int, steps: int) -> bytes:
+    return setup.plan_bytes(sorted(SITES), seed, side=NETWORK_SIDE, rounds=rounds, steps=steps, momentum=0.5)
 
 
 def drawn(site: str, n: int, seed: int) -> tuple[Pixels, list[tuple[int, ...]]]:
@@ -97,7 +78,7 @@ def images(root: Path, seed: int) -> None:
         folder,
         {site: [simulator.Images(pixels, labels)] for site, (pixels, labels) in found.items()},
         {site: sorted({row for each in labels for row in each}) for site, (_, labels) in found.items()},
-        plan_bytes(seed),
+        plan_bytes(seed, ROUNDS, STEPS),
     )
     tests = [drawn(site, TEST, 1000 + seed) for site in sorted(SITES)]
     np.save(folder / "test.npy", np.concatenate([pixels for pixels, _ in tests]))
@@ -158,6 +139,7 @@ def _macro(scores: npt.NDArray[np.float64], rows: Sequence[int], truth: npt.NDAr
 
 def federated(root: Path, seed: int) -> dict[str, Any]:
     """The plan's rounds; macro-AUC, probe, and the AUC task from its weights and from random ones."""
+    BACKBONES["resnet18"] = NETWORK
     made = simulator.reopened(root / str(seed))
     made.go()
     checkpoint = made.run.checkpoint(ROUNDS)
@@ -169,15 +151,12 @@ def federated(root: Path, seed: int) -> dict[str, Any]:
 
 def alone(root: Path, seed: int, sites: Sequence[str], steps: int) -> Network:
     """One stretch of `steps` over the images of `sites` together, from the same start as the federation."""
-    plan = _plan(seed, steps)
+    BACKBONES["resnet18"] = NETWORK
+    plan = parse_plan(plan_bytes(seed, 1, steps))
     network = initial(plan.model, seed)
     data = held(root, seed, sites)
     fit.fit_round(network, data, plan, rows=rows_of(sites), round=1, site=sites[0], device=CPU, threads=1)
     return network
-
-
-def _plan(seed: int, steps: int) -> Plan:
-    return parse_plan(plan_bytes(seed, rounds=1, steps=steps))
 
 
 def pooled(root: Path, seed: int, steps: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shapes of eight classes for the class-subset test: small pictures that a small network learns in seconds.
+"""Shapes of eight classes for the class-subset test.
 
 After performance yardsticks of federated learning: pooled training saturates within half of the budget, so that what
 is left between pooled and federated training is not what longer training would bring.
@@ -11,9 +11,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
-from rin.common.backbones import BackboneRow
 from tests.simulator import Images
 
 SIDE: Final = 32
@@ -56,18 +54,3 @@ def drawn(first: Mapping[int, int], labelled: Collection[int], rows: Sequence[in
         pixels.append(draw((kind, second), rng))
         labels.append(tuple(rows[each] for each in (kind, second) if each in labelled))
     return Images(np.stack(pixels), labels)
-
-
-class Shallow(nn.Sequential):
-    """A network that learns shapes in seconds, in place of resnet18: three layers, 512 features."""
-
-    def __init__(self) -> None:
-        layers: list[nn.Module] = []
-        for before, after in ((3, 16), (16, 32), (32, 32)):
-            layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
-        super().__init__(*layers, nn.Flatten())
-        self.fc = nn.Identity()
-
-
-SHALLOW: Final = BackboneRow(Shallow, 32 * (SIDE // 8) ** 2, (16, 32, 32, 32, 32))

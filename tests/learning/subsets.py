@@ -22,7 +22,7 @@ from rin.common.metrics import macro_auc
 from rin.common.plan import parse_plan
 from rin.common.weights import read_into
 from tests import simulator
-from tests.learning import shapes
+from tests.learning import setup, shapes
 from tests.learning.jobs import Held
 
 ROWS: Final = (40, 41, 42, 43, 44, 45, 46, 47)  # eight labels of one anatomy: an AUC is within it
@@ -35,33 +35,12 @@ COUNTS: Final = {
 TEST: Final = dict.fromkeys(range(len(shapes.SHAPES)), 125)
 ROUNDS: Final = 200
 STEPS: Final = 8
-BATCH: Final = 32
+NETWORK: Final = setup.shallow((16, 32, 32), shapes.SIDE)
 CPU: Final = torch.device("cpu")
 
 
-def plan_bytes(seed: int, *, rounds: int = ROUNDS, steps: int = STEPS) -> bytes:
-    return (
-        simulator.plan_text(
-            sorted(COUNTS),
-            model={"image_size": shapes.SIDE},
-            training={
-                "rounds": rounds,
-                "local_steps": steps,
-                "batch_size": BATCH,
-                "optimizer": "adamw",
-                "learning_rate": 1e-3,
-                "weight_decay": 0.01,
-                "warmup_steps": rounds * steps // 10,
-                "seed": seed,
-            },
-            # A third of pooled training's sequential steps: the server's momentum makes up for some of it.
-            strategy={"name": "fedavgm", "server_momentum": 0.7},
-            limits={"min_sites": 2, "deadline_s": 7200.0},
-            retention={"checkpoints": 1},
-        )
-        .replace(b"siteB = 2.0", b"siteB = 1.0")
-        .replace(b"siteC = 3.0", b"siteC = 1.0")
-    )
+def plan_bytes(seed: int, rounds: int, steps: int) -> bytes:
+    return setup.plan_bytes(sorted(COUNTS), seed, side=shapes.SIDE, rounds=rounds, steps=steps, momentum=0.7)
 
 
 def declared(site: str) -> list[int]:
@@ -70,11 +49,11 @@ def declared(site: str) -> list[int]:
 
 def federated(root: Path, seed: int, *, plain: bool) -> float:
     """Macro-AUC after the plan's rounds."""
-    BACKBONES["resnet18"] = shapes.SHALLOW
+    BACKBONES["resnet18"] = NETWORK
     folder = root / f"{seed}-{'plain' if plain else 'subset'}"
     images = {site: [shapes.drawn(counts, counts, ROWS, (seed, i))] for i, (site, counts) in enumerate(COUNTS.items())}
     rows = {site: list(ROWS) if plain else declared(site) for site in COUNTS}
-    made = simulator.make(folder, images, rows, plan_bytes(seed))
+    made = simulator.make(folder, images, rows, plan_bytes(seed, ROUNDS, STEPS))
     made.go()
     network = build(made.plan.model)
     read_into(network, made.run.checkpoint(ROUNDS))
@@ -83,8 +62,8 @@ def federated(root: Path, seed: int, *, plain: bool) -> float:
 
 def pooled(root: Path, seed: int, *, part: float = 1.0) -> float:
     """Macro-AUC after training in one place, every shape known, with `part` of the federation's images seen."""
-    BACKBONES["resnet18"] = shapes.SHALLOW
-    plan = plan_bytes(seed, rounds=1, steps=int(part * ROUNDS * STEPS * len(COUNTS)))
+    BACKBONES["resnet18"] = NETWORK
+    plan = plan_bytes(seed, 1, int(part * ROUNDS * STEPS * len(COUNTS)))
     folder = root / f"{seed}-pooled-{part}"
     parts = []
     for i, (site, counts) in enumerate(COUNTS.items()):
