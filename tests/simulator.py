@@ -56,6 +56,11 @@ class Tiny(nn.Module):
 def quicken(monkeypatch: pytest.MonkeyPatch) -> None:
     """`TINY` in place of resnet18, and a round loop that hardly waits."""
     monkeypatch.setitem(backbones.BACKBONES, "resnet18", TINY)
+    hasten(monkeypatch)
+
+
+def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round loop that hardly waits."""
     for name in ("POLL_S", "PORT_S", "LONGEST_S", "PAUSE_S"):
         monkeypatch.setattr(rounds, name, 0.002)
     monkeypatch.setattr(rounds._Asked, "__init__", functools.partialmethod(rounds._Asked.__init__, pause=0.002))
