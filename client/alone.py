@@ -271,19 +271,10 @@ def _first(plan: Plan, path: Path | None, normalisation: str | None) -> Network:
     from rin.common import formats
     from rin.common.backbones import initial
 
-    network = initial(plan.model, plan.training.seed)
     if path is None:
-        return network
+        return initial(plan.model, plan.training.seed)
     weights = formats.read(path, normalisation=normalisation)
-    found, wanted = weights.model, plan.model
-    alike = found.backbone == wanted.backbone and formats.same_keys(wanted.backbone, found.norm, wanted.norm)
-    if not alike or found.normalisation != wanted.normalisation:
-        raise ConfigError(
-            f"{path.name} is a {found.backbone} with {found.norm} norm for {found.normalisation} inputs, "
-            f"the plan's is a {wanted.backbone} with {wanted.norm} norm for {wanted.normalisation} inputs",
-            step="change [model] of the plan, or choose other weights",
-        )
-    return weights.into(network)
+    return formats.start_of(plan.model, plan.training.seed, weights, path.name)
 
 
 def _digest(network: Network) -> str:

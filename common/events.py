@@ -105,12 +105,3 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
         return [], offset
     whole = data.rfind(b"\n") + 1
     return list(_events(data[:whole])), offset + whole
-
-
-def last_events(path: Path, count: int, *, window: int = 1 << 20) -> list[Event]:
-    """The last `count` events of `path`, looking at no more than its last `window` bytes."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        return []
-    return read_events(path, max(0, size - window))[0][-count:]

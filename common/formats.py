@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rin.common import backbones
-from rin.common.backbones import BackboneRow, Network, build
+from rin.common.backbones import BackboneRow, Network, build, initial
 from rin.common.errors import ConfigError, RefusedError
 from rin.common.keylayouts import Found, readings
 from rin.common.labels import label_set, label_set_digest
@@ -131,6 +131,31 @@ def network_of(weights: Weights) -> Network:
     Without a head in the file the network's is random.
     """
     return weights.into(build(weights.model)).eval()
+
+
+def start_of(model: Model, seed: int, weights: Weights, name: str) -> Network:
+    """Where a training of `model` begins: random weights of `seed`, with those of a file over them.
+
+    Args:
+        name: of the file, for the operator.
+
+    Raises:
+        ConfigError: the file is of another network.
+    """
+    found = weights.model
+    if found.backbone != model.backbone or not same_keys(model.backbone, found.norm, model.norm):
+        raise ConfigError(
+            f"{name} is a {found.backbone} with {found.norm} norm, the plan's is a {model.backbone} with {model.norm} "
+            "norm",
+            step="choose other weights, or a plan of the same network",
+        )
+    if found.normalisation != model.normalisation:
+        raise ConfigError(
+            f"{name} was trained on inputs normalised as {found.normalisation}, the plan says {model.normalisation}",
+            step=f'set model.normalisation = "{found.normalisation}" in the plan, or, for a file that does not say, '
+            "pass --normalisation",
+        )
+    return weights.into(initial(model, seed))
 
 
 def weights_of(network: Network) -> Weights:

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from rin.common.backbones import Network, initial
+from rin.common.backbones import Network
 from rin.common.errors import ConfigError
 from rin.common.files import sha256_file
-from rin.common.formats import Weights, same_keys, weights_of
+from rin.common.formats import start_of, weights_of
 from rin.common.guard import Verdict
-from rin.common.plan import Model, Plan, parse_plan
+from rin.common.plan import Plan, parse_plan
 from rin.common.terminal import run_app
 from rin.common.weights import layout_of, save
 from rin.server.rundir import RunDir
@@ -60,8 +60,7 @@ def prepare(plan: bytes, path: Path, *, normalisation: str | None = None) -> Sta
     """
     parsed = parse_plan(plan)
     weights, verdict = open_weights(path, normalisation=normalisation)
-    _check(parsed.model, weights, path.name)
-    network = weights.into(initial(parsed.model, parsed.training.seed))
+    network = start_of(parsed.model, parsed.training.seed, weights, path.name)
     digest = weights_of(network).digest()
     if parsed.model.start not in ("", digest):
         raise ConfigError(
@@ -71,22 +70,6 @@ def prepare(plan: bytes, path: Path, *, normalisation: str | None = None) -> Sta
     head = "its own" if weights.head else f"random, of seed {parsed.training.seed}"
     source = {"layout": weights.layout, "file": sha256_file(path), "head": head}
     return Start(with_start(plan, parsed, digest), network, digest, source, verdict, weights.notes)
-
-
-def _check(model: Model, weights: Weights, name: str) -> None:
-    found = weights.model
-    if found.backbone != model.backbone or not same_keys(model.backbone, found.norm, model.norm):
-        raise ConfigError(
-            f"{name} is a {found.backbone} with {found.norm} norm, the plan's is a {model.backbone} with {model.norm} "
-            "norm",
-            step="agree on a plan of the same network, or choose other weights",
-        )
-    if found.normalisation != model.normalisation:
-        raise ConfigError(
-            f"{name} was trained on inputs normalised as {found.normalisation}, the plan says {model.normalisation}",
-            step=f'set model.normalisation = "{found.normalisation}" in the plan, or, for a file that does not say, '
-            "pass --normalisation",
-        )
 
 
 def with_start(data: bytes, plan: Plan, digest: str) -> bytes:

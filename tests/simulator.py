@@ -35,6 +35,7 @@ from rin.common.plan import Plan, parse_plan, plan_digest
 from rin.common.wire import Manifest, Request
 from rin.server import members, rounds
 from rin.server.carrier import FileCarrier
+from rin.server.record import Record, last_record, read_record
 from rin.server.rundir import RunDir
 
 RUN_ID = "5a" * 16
@@ -282,6 +283,30 @@ def reopened(root: Path) -> Consortium:
     run = RunDir(root / "run")
     homes = {path.parent.parent.name: Home(path.parent.parent) for path in sorted(root.glob("*/vault/site.toml"))}
     return Consortium(run, parse_plan(run.plan.read_bytes()), homes)
+
+
+def record_of(made: Consortium, number: int) -> Record:
+    record = read_record(made.run, number)
+    assert record is not None
+    return record
+
+
+def final(made: Consortium) -> str:
+    """Digest of the last weights, of a run that has come to its end."""
+    last = last_record(made.run)
+    assert last is not None
+    assert last.state == "closed"
+    assert last.round == made.plan.training.rounds
+    assert file_digest(made.run.checkpoint(last.round)) == last.weights
+    return last.weights
+
+
+def rewrite(path: Path, change: Callable[[np.ndarray], Any]) -> None:
+    """Change the tensor bytes of the weight file at `path`."""
+    data = bytearray(path.read_bytes())
+    flat = np.frombuffer(data, "<f4", offset=8 + int.from_bytes(data[:8], "little"))
+    change(flat)
+    path.write_bytes(bytes(data))
 
 
 if __name__ == "__main__":

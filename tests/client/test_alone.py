@@ -146,7 +146,7 @@ def test_it_starts_from_weights_of_its_network(tmp_path: Path) -> None:
             home, again, tmp_path / "second", weights=tmp_path / "first" / "checkpoints" / "round-0001.safetensors"
         )
     other = plan(model={"backbone": "resnet18", "image_size": 32, "normalisation": "imagenet"})
-    with pytest.raises(ConfigError, match="for symmetric inputs, the plan's"):
+    with pytest.raises(ConfigError, match="normalised as symmetric, the plan says"):
         alone.train(home, other, tmp_path / "third", weights=first)
     named = plan(model={"backbone": "resnet18", "image_size": 32, "start": "0" * 64})
     with pytest.raises(ConfigError, match="the plan starts from weights 000"):

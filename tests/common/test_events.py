@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rin.common.events import Events, last_events, read_events
+from rin.common.events import Events, read_events
 
 
 def test_what_is_added_is_read_back_from_where_the_last_read_ended(tmp_path: Path) -> None:
@@ -59,12 +59,3 @@ def test_two_threads_and_a_process_lose_nothing(tmp_path: Path) -> None:
     events, _ = read_events(path)
     assert len(events) == 300
     assert {e.fields["site"] for e in events} == {"s0", "s1", "s2"}
-
-
-def test_last_events_looks_at_the_end_only(tmp_path: Path) -> None:
-    path = tmp_path / "e.jsonl"
-    for number in range(50):
-        Events(path).add("receipt", round=number, site="a")
-    assert [e.fields["round"] for e in last_events(path, 2, window=500)] == [48, 49]
-    assert last_events(tmp_path / "none", 3) == []
-    assert path.stat().st_mode & 0o007 == 0

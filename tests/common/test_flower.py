@@ -149,6 +149,22 @@ def test_the_supernode_still_sleeps_through_the_module_that_is_replaced(monkeypa
     assert module.time.monotonic() <= time.monotonic()
 
 
+def test_an_interrupted_supernode_ends_whatever_its_other_threads_do() -> None:
+    code = (
+        "import threading\n"
+        "from flwr.supernode import cli\n"
+        "from rin.common.flower import run_supernode\n"
+        "def interrupted():\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    raise KeyboardInterrupt\n"
+        "cli.flower_supernode = interrupted\n"
+        "run_supernode()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "KeyboardInterrupt" in ended.stderr
+
+
 def test_a_foreign_bundle_is_refused_and_an_empty_list_refuses_all(monkeypatch: pytest.MonkeyPatch) -> None:
     fab, digest = flower.stub_fab()
     module, _ = guarded()

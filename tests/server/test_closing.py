@@ -25,7 +25,7 @@ from rin.common.weights import read_into
 from rin.common.wire import Manifest, Request
 from rin.server.record import Record, read_record
 from rin.server.validation import Validation, summed
-from tests.simulator import Consortium, Images, make, plan_text, quicken, stripes
+from tests.simulator import Consortium, Images, make, plan_text, quicken, record_of, stripes
 
 ROWS = tuple(label.index for label in groups()["CT", "lung"])[:3]
 SITES = ("siteA", "siteB", "siteC")
@@ -35,6 +35,12 @@ FIGURES = ("validation", "confusion", "auc")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quicken(monkeypatch)
+
+
+def closed(made: Consortium, number: int) -> Record:
+    record = record_of(made, number)
+    assert record.state == "closed"
+    return record
 
 
 def mixed(n: int, seed: int) -> Images:
@@ -63,12 +69,6 @@ def allow(made: Consortium, site: str, figures: tuple[str, ...], **changes: str)
     path.write_text(text)
 
 
-def record_of(made: Consortium, number: int) -> Record:
-    record = read_record(made.run, number)
-    assert record is not None and record.state == "closed"
-    return record
-
-
 def central(made: Consortium, number: int) -> tuple[Validation | None, int]:
     """What all held-out images come to at checkpoint `number`, and how many are right, without any wire."""
     network = initial(made.plan.model, 0)
@@ -95,14 +95,14 @@ def test_every_checkpoint_is_measured_and_the_final_one_in_a_closing_round(tmp_p
     port = made.go()
     assert port.pushed[-3:] == [(site, 3) for site in SITES]
     for number in (1, 2, 3):
-        found = record_of(made, number).validation
+        found = closed(made, number).validation
         expected, right = central(made, number - 1)
         assert found is not None and found == expected
         assert found.images == 720 and found.top1 is not None
         assert found.top1.rough or found.top1.right == right
         assert found.macro_auc is not None and found.balanced is not None
-    closing = record_of(made, 3)
-    assert closing.weights == closing.base == record_of(made, 2).weights
+    closing = closed(made, 3)
+    assert closing.weights == closing.base == closed(made, 2).weights
     assert {counted.steps for counted in closing.receipts.values()} == {0}
     assert sorted(path.name for path in made.run.checkpoints.iterdir()) == [
         f"round-000{n}.safetensors" for n in (0, 1, 2)
@@ -116,8 +116,8 @@ def test_measuring_changes_no_bit_of_the_weights(tmp_path: Path) -> None:
     measured, plain = consortium(tmp_path / "a", rounds=2), consortium(tmp_path / "b", figures=(), rounds=2)
     measured.go()
     plain.go()
-    assert record_of(measured, 2).weights == record_of(plain, 2).weights
-    assert record_of(plain, 2).validation is None
+    assert closed(measured, 2).weights == closed(plain, 2).weights
+    assert closed(plain, 2).validation is None
     assert read_record(plain.run, 3) is None
     assert not any("scores" in line and json.loads(line)["scores"] for line in egress(plain, "siteA"))
 
@@ -130,7 +130,7 @@ def test_the_egress_log_holds_every_figure_that_left(tmp_path: Path) -> None:
     made = consortium(tmp_path, rounds=1)
     made.go()
     for number, line in enumerate(egress(made, "siteB"), start=1):
-        sent = record_of(made, number).receipts["siteB"].scores
+        sent = closed(made, number).receipts["siteB"].scores
         assert sent and json.loads(line)["scores"] == [group.model_dump(mode="json") for group in sent]
 
 
@@ -144,7 +144,7 @@ def test_a_site_that_allows_none_or_holds_none_back_sends_none(tmp_path: Path) -
         path.write_text(path.read_text().replace(old, new))
     made.go()
     for number in (1, 2):
-        record = record_of(made, number)
+        record = closed(made, number)
         assert [site for site, counted in record.receipts.items() if counted.scores] == ["siteC"]
         assert record.validation is not None and record.validation.groups[0].sites == ("siteC",)
 
@@ -158,7 +158,7 @@ def test_contradicting_figures_are_ignored_and_the_update_counts(tmp_path: Path)
 
     made.go(made.port(relabel=boast))
     for number in (1, 2):
-        record = record_of(made, number)
+        record = closed(made, number)
         assert sorted(record.receipts) == list(SITES)
         assert record.receipts["siteA"].scores == ()
         assert record.validation is not None and record.validation.images == 480
@@ -170,8 +170,8 @@ def test_figures_that_nobody_asked_for_are_not_kept(tmp_path: Path) -> None:
     made = consortium(tmp_path, figures=(), rounds=1)
     scores = (GroupScores(modality="CT", anatomy="lung", images=20, top1=10),)
     made.go(made.port(relabel=lambda request, manifest: manifest.model_copy(update={"scores": scores})))
-    assert all(counted.scores == () for counted in record_of(made, 1).receipts.values())
-    assert record_of(made, 1).validation is None
+    assert all(counted.scores == () for counted in closed(made, 1).receipts.values())
+    assert closed(made, 1).validation is None
 
 
 def test_a_site_that_fails_does_not_hold_up_the_closing_round(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_site_that_fails_does_not_hold_up_the_closing_round(tmp_path: Path) ->
             )
         )
     )
-    closing = record_of(made, 2)
+    closing = closed(made, 2)
     assert list(closing.receipts) == ["siteB"]
     assert closing.validation is not None and closing.validation.groups[0].sites == ("siteB",)
 
@@ -203,9 +203,9 @@ def test_an_update_without_tensors_does_not_count_in_a_training_round(tmp_path: 
         return manifest
 
     made.go(made.port(forge=empty, relabel=lazy))
-    failures = [(each.site, each.code) for each in record_of(made, 1).failures]
+    failures = [(each.site, each.code) for each in closed(made, 1).failures]
     assert failures == [("siteA", "update-manifest")]
-    assert sorted(record_of(made, 1).receipts) == list(SITES)
+    assert sorted(closed(made, 1).receipts) == list(SITES)
 
 
 def test_an_update_with_tensors_does_not_count_in_the_closing_round(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_an_update_with_tensors_does_not_count_in_the_closing_round(tmp_path: Pa
         return manifest.model_copy(update={"steps": 20}) if request.round == 2 else manifest
 
     made.go(made.port(relabel=busy))
-    assert {each.code for each in record_of(made, 2).failures} == {"update-header"}
-    assert record_of(made, 2).validation is None
+    assert {each.code for each in closed(made, 2).failures} == {"update-header"}
+    assert closed(made, 2).validation is None
 
 
 def test_a_coordinator_that_dies_before_the_closing_round_goes_on_with_it(tmp_path: Path) -> None:
@@ -234,13 +234,13 @@ def test_a_coordinator_that_dies_before_the_closing_round_goes_on_with_it(tmp_pa
         made.go(made.port(before=die))
     port = made.go(epoch=2)
     assert ("siteA", 2) not in port.pushed  # its figures are kept
-    assert sorted(record_of(made, 2).receipts) == list(SITES)
+    assert sorted(closed(made, 2).receipts) == list(SITES)
 
 
 def test_no_round_comes_after_the_closing_one(tmp_path: Path) -> None:
     made = consortium(tmp_path, rounds=1)
     port = made.go()
-    request = Request(run="0" * 32, round=3, site="siteA", plan=record_of(made, 1).plan, base="0" * 64, deadline_s=9.0)
+    request = Request(run="0" * 32, round=3, site="siteA", plan=closed(made, 1).plan, base="0" * 64, deadline_s=9.0)
     with pytest.raises(RefusedError) as caught:
         port._trainers["siteA"].train(request, made.run.plan.read_bytes(), lambda progress: None, lambda: "")
     assert caught.value.code == "bad-request"

@@ -5,14 +5,20 @@ python tests/client/ingest/radimagenet_tree.py FOLDER [IMAGES_PER_CLASS]
 
 from __future__ import annotations
 
+import sqlite3
 import struct
 import sys
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+
+from rin.client.home import Home
+from rin.client.ingest.cache import map_shards
+from rin.client.ingest.pipeline import IngestReport, ingest
 
 # Class folders whose names are easy to get wrong, and plain ones; labels in the label set's names.
 CLASSES = {
@@ -165,3 +171,32 @@ if __name__ == "__main__":
     add_traps(made)
     made.write_lists()
     print(made.root)
+
+
+def run(home: Home, root: Path, **options: Any) -> IngestReport:
+    report = ingest(home, site="siteA", roots=[root], layout="radimagenet", workers=1, **options)
+    assert report.files == report.accepted_files + sum(report.refused.values())
+    return report
+
+
+def rows(home: Home, query: str) -> list[tuple[Any, ...]]:
+    db = sqlite3.connect(home.catalog)
+    try:
+        return db.execute(query).fetchall()
+    finally:
+        db.close()
+
+
+def state(home: Home) -> list[tuple[Any, ...]]:
+    """Everything about the images that does not depend on the order of decoding."""
+    return rows(
+        home,
+        "SELECT i.path_key, patient, instance, split, modality, anatomy, digest, f.reason, group_concat(l.label)"
+        " FROM images i JOIN files f USING (path_key) LEFT JOIN image_labels l ON l.image = i.id GROUP BY i.id"
+        " ORDER BY digest",
+    )
+
+
+def split_by_pixels(home: Home) -> dict[bytes, str]:
+    (shard,) = map_shards(home.cache, slots=rows(home, "SELECT count(*) FROM images")[0][0])
+    return {shard[slot].tobytes(): split for slot, split in rows(home, "SELECT slot, split FROM images")}
