@@ -201,7 +201,7 @@ def hello(path: Path) -> State:
 
 
 def test_killed_in_its_middle_it_gives_the_same_update(small_site: Make, tmp_path: Path) -> None:
-    site = small_site(steps=40)
+    site = small_site(steps=16)
     path = tmp_path / "t.sock"
     began = time.monotonic()
     process = spawn(site.home, path)
@@ -223,7 +223,7 @@ def test_killed_in_its_middle_it_gives_the_same_update(small_site: Make, tmp_pat
         assert process.wait(10) == 0
     assert not path.exists()
     assert ready < 10  # without waiting for torch
-    undisturbed = small_site(steps=40, name="undisturbed")
+    undisturbed = small_site(steps=16, name="undisturbed")
     request, plan = undisturbed.request(), undisturbed.plan_bytes
     assert Trainer(undisturbed.home).train(request, plan, lambda _: None, lambda: "") == done
 
