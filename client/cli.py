@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rin.client.home import Home, default_root
+from rin.client import ledger_cli
+from rin.client.options import HomeOption, SiteOption, home_of
 from rin.common.errors import ConfigError, RefusedError
 from rin.common.supervise import stop_on_signals
 from rin.common.terminal import confirm, progress_printer, run_app, version_option
@@ -20,11 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="The site's directory. Default: RIN_HOME, else ~/.rin.", show_default=False),
-]
-SiteOption = Annotated[str | None, typer.Option("--site", help="The site's name, checked against the home's.")]
+app.add_typer(ledger_cli.app, name="ledger")
 
 
 @app.callback()
@@ -34,10 +31,6 @@ def _common(
     ] = False,
 ) -> None:
     """The agent at one imaging site."""
-
-
-def _home(home: Path | None) -> Home:
-    return Home((home or default_root()).expanduser().resolve())
 
 
 @app.command()
@@ -63,11 +56,11 @@ def join(
         typer.echo(f"fingerprint of the invite: {shown}")
         confirm("Does the coordinator read out the same one by phone?", yes=False)
         fingerprint = shown
-    target = joining.join(_home(home), invite, site=site, fingerprint=fingerprint, renew=renew)
+    target = joining.join(home_of(home), invite, site=site, fingerprint=fingerprint, renew=renew)
     typer.echo(f"wrote {target}")
     typer.echo(f"fingerprint of this site: {joining.join_fingerprint(target)}")
     typer.echo("next: send the file to the coordinator, read the fingerprint out by phone, then edit site.toml:")
-    typer.echo(f"      {_home(home).site_toml}")
+    typer.echo(f"      {home_of(home).site_toml}")
 
 
 @app.command()
@@ -85,7 +78,7 @@ def accept(
         typer.echo(f"  {key:<22}{value}")
     confirm("Agree to this plan for this site?", yes=yes)
     name = by or typer.prompt("Your name, for the record")
-    digest = joining.accept(_home(home), data, by=name)
+    digest = joining.accept(home_of(home), data, by=name)
     typer.echo(f"accepted plan {digest}")
 
 
@@ -121,7 +114,7 @@ def ingest(
     from rin.client.ingest import pipeline, sheet
     from rin.client.ingest.report import PATIENTS_WARNING
 
-    here = _home(home)
+    here = home_of(home)
     settings = sites.read_site(here) if here.site_toml.is_file() else None
     if settings is not None and site is not None and site != settings.site:
         raise ConfigError(f"this home belongs to site {settings.site}, not {site}", step="check --home and --site")
@@ -199,7 +192,7 @@ def train(
     from rin.client import confine
     from rin.common.plan import read_plan
 
-    data, here = read_plan(plan)[1], _home(home)
+    data, here = read_plan(plan)[1], home_of(home)
     out, weights = out.expanduser().resolve(), weights.expanduser().resolve() if weights else None
     try:
         confine.enter(no_network=True, hide=())  # before anything is imported that starts threads
@@ -255,7 +248,7 @@ def start(
 
     if only not in (None, "trainer", "agent"):
         raise ConfigError(f"--only wants trainer or agent, got {only!r}", step="leave it out to run both")
-    here = _home(home)
+    here = home_of(home)
     if only != "agent":  # the agent cannot read the vault, and must not need to
         name = read_site(here).site
         if site is not None and site != name:
@@ -271,7 +264,7 @@ def status(
     """What this site is doing: agent, trainer, last round, last contact, catalog."""
     from rin.client import status as overview
 
-    facts = overview.status(_home(home))
+    facts = overview.status(home_of(home))
     if as_json:
         typer.echo(json.dumps(facts, sort_keys=True))
         return

@@ -24,13 +24,23 @@ class Home:
 
     @property
     def keys(self) -> Path:
-        """0700: `pseudonym.key`, `signing.key`."""
+        """0700: `pseudonym.key`, `signing.key`, `ledger.anchor`."""
         return self.root / "vault" / "keys"
 
     @property
     def pseudonym_key(self) -> Path:
         """32 random bytes, 0600; without it nobody can tell whom a pseudonym stands for."""
         return self.keys / "pseudonym.key"
+
+    @property
+    def ledger(self) -> Path:
+        """Every debit of the patients' privacy, 0600, append-only, a hash chain (`rin.common.ledger`)."""
+        return self.root / "vault" / "ledger.jsonl"
+
+    @property
+    def ledger_anchor(self) -> Path:
+        """Number and hash of the ledger's last entry, apart from it."""
+        return self.keys / "ledger.anchor"
 
     @property
     def catalog(self) -> Path:

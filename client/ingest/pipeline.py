@@ -21,6 +21,7 @@ from rin.client.ingest.report import PATIENTS_UNKNOWN, IngestReport, Progress
 from rin.client.ingest.run import Run, Source
 from rin.client.ingest.walk import check_roots
 from rin.client.ingest.workers import TIMEOUT_S, WORKERS, Pool
+from rin.client.ledger import make_ledger
 from rin.common.errors import ConfigError
 from rin.common.files import lock
 from rin.common.labels import label_set_digest
@@ -69,6 +70,7 @@ def ingest(
         pool = Pool(workers=workers, timeout_s=timeout_s)
         try:
             _tie(catalog, names, site, layout)
+            make_ledger(home, catalog, names)
             catalog.set_meta("patients", "known" if source.patients_known else PATIENTS_UNKNOWN)
             cache = Cache(home.cache, slots=catalog.slots)
             run = Run(home, catalog, cache, pool, names, source, checked, progress, _AHEAD * workers)
@@ -104,7 +106,7 @@ def _tie(catalog: Catalog, names: Pseudonyms, site: str, layout: str) -> None:
     """One site, one key, one label set and one layout for ever."""
     catalog.tie("site", site, step="use --site with the name that this home was made for, or another --home")
     step = "restore the pseudonym key of this catalog, or ingest into another --home"
-    catalog.tie("key", names.of("check").hex(), step=step)
+    catalog.tie("key", names.id, step=step)
     catalog.tie("labels", label_set_digest(), step="ingest into another --home with this release of rin")
     if catalog.meta("run") is not None and catalog.meta("layout") is None:
         catalog.set_meta("layout", "dicom")  # made before there was another one

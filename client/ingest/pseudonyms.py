@@ -24,6 +24,11 @@ class Pseudonyms:
 
     key: bytes
 
+    @property
+    def id(self) -> str:
+        """16 bytes as hex that name the key and tell nothing of it: the id of this population of patients."""
+        return self.of("check").hex()
+
     def of(self, kind: str, *parts: bytes) -> bytes:
         """16 bytes that stand for `parts`; `kind` keeps a patient's and an instance's apart."""
         return hmac.digest(self.key, b"\0".join((kind.encode(), *parts)), hashlib.sha256)[:BYTES]
