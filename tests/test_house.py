@@ -24,6 +24,8 @@ TENSOR = {
     "heads",
     "fit",
     "gradients",
+    "private",
+    "accountant",
     "augment",
     "ema",
     "recipe",
@@ -41,7 +43,7 @@ HEAVY = {"torch", "torchvision", "timm", "flwr", "opacus"}
 ADAPTERS = {
     "flwr": {"common/flower.py", "server/app.py", "client/app.py"},
     "grpc": {"client/airlock.py", "client/trainer_pb2_grpc.py"},
-    "opacus": set[str](),
+    "opacus": {"common/accountant.py", "common/private.py"},
     "timm": {"common/backbones.py"},
     "onnx": {"server/onnxfile.py"},
     "onnxruntime": {"server/onnxfile.py"},
