@@ -1,0 +1,301 @@
+"""Private training: patients drawn by Poisson sampling, one clip a patient, Gaussian noise once a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from rin.common.augment import Kinds, augment
+from rin.common.backbones import Network, scaled
+from rin.common.batches import Data
+from rin.common.ema import Average
+from rin.common.errors import RefusedError
+from rin.common.fit import faults, goal_of, half_precision, never, settle, silent
+from rin.common.freeze import frozen
+from rin.common.heads import Loss
+from rin.common.noise import Source
+from rin.common.norms import batch_norms
+from rin.common.plan import Augment, Plan
+from rin.common.recipe import Stepper, recipe_of
+from rin.common.snapshots import Held, Snapshots
+from rin.common.weights import all_finite
+
+Index = npt.NDArray[np.int64]
+Bag = tuple[Tensor, Tensor]  # one patient's inputs and targets, on the device
+
+CHUNK: Final = 64  # images read at once: two chunks are in memory, whatever the number of patients drawn
+ROW: Final = 64  # values whose squares are summed in float32
+TINY: Final = 1e-6  # keeps the factor of a gradient of norm 0 finite
+
+
+class Patients(Data, Protocol):
+    """Images that know whose they are."""
+
+    @property
+    def patient(self) -> Index:
+        """(n,) the patient of each image, ascending from 0."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mechanism:
+    """What a private step does; all of it is public and nothing of it is computed from the patients.
+
+    Attributes:
+        rate: probability with which each patient is in a step, by itself.
+        patients: what the sum over the patients of a step is divided by, their expected number.
+        images: of a patient in a step, at most; their mean loss is the patient's.
+        views: how often each of them is augmented.
+        clip: largest L2 norm of a patient's gradient over all parameters.
+        sigma: standard deviation of the noise on the sum, in units of `clip`.
+    """
+
+    rate: float
+    patients: float
+    images: int
+    views: int
+    clip: float
+    sigma: float
+
+
+class PatientGradients:
+    """Leaves the gradient of a private step in the trainable parameters of `module` (Abadi et al. 2016).
+
+    One plain forward and backward a patient: it takes any layer, needs one more copy of the parameters, and on a CPU it
+    is faster than hooks that keep a gradient a sample. The unit is the patient (user-level privacy), whatever the
+    number of images.
+
+    Args:
+        loss: from outputs and targets of one patient to a scalar, a mean.
+
+    Attributes:
+        skipped: patients whose gradient was not finite; they count for nothing and are never told outside the site.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        mechanism: Mechanism,
+        source: Source,
+        *,
+        device: torch.device,
+        half: bool = False,
+    ) -> None:
+        self.skipped = 0
+        self._module, self._loss, self._mechanism, self._source = module, loss, mechanism, source
+        self._device, self._half = device, half
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._sums = [torch.zeros_like(p) for p in self._parameters]
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Take in one patient: the gradient of its mean loss, scaled down to the norm `clip` where it is larger."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+            value = self._loss(self._module(inputs), targets)
+        gradients = torch.autograd.grad(value, self._parameters, materialize_grads=True)
+        norm = math.sqrt(squared_norm(gradients).item())
+        if not math.isfinite(norm):
+            self.skipped += 1  # left out, not multiplied by 0: 0 times infinity is no number
+            return
+        factor = min(1.0, self._mechanism.clip / (norm + TINY))
+        for total, gradient in zip(self._sums, gradients, strict=True):
+            total.add_(gradient, alpha=factor)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """End the step, also one without any patient: noise, the mean by the expected number, and empty sums."""
+        scale = self._mechanism.sigma * self._mechanism.clip
+        for parameter, total in zip(self._parameters, self._sums, strict=True):
+            if scale:
+                flat = torch.from_numpy(self._source.normals(total.numel()))
+                # Every value of the noise is drawn alike, so the order of memory does not matter.
+                total.add_(flat.to(total.device, total.dtype).view_as(total), alpha=scale)
+            parameter.grad = total.div(self._mechanism.patients)
+            total.zero_()
+
+
+def squared_norm(values: Sequence[Tensor]) -> Tensor:
+    """Sum of all squares, a float64 scalar on the device; not finite where a value is not, or its square overflows.
+
+    Short rows in the values' own precision, the rest in float64. torch's norm of one float32 tensor of 16 million equal
+    values is 0.9 % too small on a CPU, and as much a patient could move the sum beyond the clip.
+    """
+    parts = []
+    for value in values:
+        flat = _rows_of(value)
+        whole = len(flat) - len(flat) % ROW
+        rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1)
+        parts += [rows.double().square().sum(), flat[whole:].double().square().sum()]
+    return torch.stack(parts).sum()
+
+
+def _rows_of(value: Tensor) -> Tensor:
+    """`value` as a vector, in the order of its memory where it is contiguous or in channels_last."""
+    ordered = value.dim() != 4 or value.is_contiguous()
+    return (value if ordered else value.permute(0, 2, 3, 1)).reshape(-1)
+
+
+class Sampler:
+    """The images of a private step: Poisson sampling over patients, then some images of each, from `source` only."""
+
+    def __init__(self, patient: Index, mechanism: Mechanism, source: Source) -> None:
+        self._firsts = np.searchsorted(patient, np.arange(int(patient[-1]) + 2 if len(patient) else 1))
+        self._mechanism, self._source = mechanism, source
+
+    def step(self) -> list[Index]:
+        """The indices of the drawn images, one array a drawn patient."""
+        patients = self._source.chosen(len(self._firsts) - 1, self._mechanism.rate)
+        return [
+            first + self._source.some(end - first, self._mechanism.images)
+            for first, end in zip(self._firsts[patients].tolist(), self._firsts[patients + 1].tolist(), strict=True)
+        ]
+
+
+def chunks(drawn: Sequence[Index]) -> Iterator[list[Index]]:
+    """`drawn` in parts of about `CHUNK` images, no patient cut in two."""
+    part: list[Index] = []
+    for one in drawn:
+        if part and sum(map(len, part)) + len(one) > CHUNK:
+            yield part
+            part = []
+        part.append(one)
+    if part:
+        yield part
+
+
+def steps(
+    data: Patients,
+    mechanism: Mechanism,
+    source: Source,
+    *,
+    size: int,
+    device: torch.device,
+    options: Augment,
+) -> Iterator[Iterator[Bag]]:
+    """The bags of one step after another, read by a thread while the device computes.
+
+    Augmentation draws from `source` too. Seeded by the plan, whoever knows the seed would know what each place in a
+    step draws; one patient more moves all later ones by a place, and so changes more than its own bag.
+    """
+    sampler = Sampler(data.patient, mechanism, source)
+    with ThreadPoolExecutor(1, "patients") as thread:
+        while True:
+            generator = torch.Generator().manual_seed(source.seed())
+            drawn = list(chunks(sampler.step()))
+            yield _bags(data, drawn, mechanism.views, thread, generator, size=size, device=device, options=options)
+
+
+def _bags(
+    data: Patients,
+    drawn: Sequence[list[Index]],
+    views: int,
+    thread: ThreadPoolExecutor,
+    generator: torch.Generator,
+    *,
+    size: int,
+    device: torch.device,
+    options: Augment,
+) -> Iterator[Bag]:
+    """The patients of one step."""
+    following = [thread.submit(data.batch, np.concatenate(part)) for part in drawn[:1]]
+    for number, part in enumerate(drawn):
+        read = following.pop().result()
+        following = [thread.submit(data.batch, np.concatenate(part)) for part in drawn[number + 1 : number + 2]]
+        images, labels = (torch.from_numpy(values).to(device).repeat_interleave(views, dim=0) for values in read)
+        grey = augment(scaled(images, size), options, Kinds.of(labels), generator)
+        sizes = [len(one) * views for one in part]
+        yield from zip(grey.split(sizes), labels.split(sizes), strict=True)
+
+
+@faults()
+def fit_private(
+    module: Network,
+    data: Patients,
+    plan: Plan,
+    mechanism: Mechanism,
+    *,
+    rows: Sequence[int],
+    exhaustive_rows: Sequence[int] = (),
+    round: int,
+    device: torch.device,
+    threads: int,
+    progress: Callable[[int, int], None] = silent,
+    cancelled: Callable[[], bool] = never,
+    snapshots: Snapshots | None = None,
+) -> int:
+    """One site's work in one private round: `plan.training.local_steps` on `module`, in place.
+
+    Frozen parameters (`training.freeze`) take no part; a private head on a frozen backbone, private fine-tuning and
+    private pretraining are this one path. Head rows outside `rows` come back as they were: which rows are declared is
+    public. The randomness is new in every call, so no two calls give the same weights; a snapshot holds weights that
+    have had their noise, and no key.
+
+    Returns:
+        Patients that were left out because their gradient was not finite, in this call. It is of the patients, so it
+        stays at the site.
+
+    Raises:
+        RefusedError: policy, for a network that would mix patients; cancelled, not-finite, memory or device.
+    """
+    check(module)
+    settle(device, threads)
+    frozen(module, plan.training.freeze)
+    module.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    kept = {p: p.detach().clone() for p in module.head.parameters()}
+    source, goal = Source(), goal_of(plan, data, rows, exhaustive_rows)
+    recipe = recipe_of(plan, round)
+    stepper, average = Stepper(module, recipe), Average(module, recipe.ema) if recipe.ema else None
+    gradients = PatientGradients(module, goal, mechanism, source, device=device, half=half_precision(device))
+    held = Held(module, stepper.optimizer, average.tensors if average else {})
+    first = 0 if snapshots is None else snapshots.resume(held)
+    stream = steps(data, mechanism, source, size=module.image_size, device=device, options=plan.augment)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for step in range(first, recipe.steps):
+            torch.manual_seed(source.seed())  # of dropout
+            for inputs, targets in next(stream):
+                if cancelled():
+                    raise RefusedError("cancelled")
+                gradients.add(inputs, targets)
+            gradients.settle()
+            stepper(step)
+            if average is not None:
+                average.after(step + 1)
+            if snapshots is not None:
+                snapshots.after(step + 1, held)
+            progress(step + 1, recipe.steps)
+    if average is not None:
+        average.settle()
+    if not all_finite(module):
+        raise RefusedError("not-finite")
+    undeclared = torch.ones(len(module.head.bias), dtype=torch.bool, device=device)
+    undeclared[list(rows)] = False
+    with torch.no_grad():
+        for parameter, before in kept.items():
+            parameter[undeclared] = before[undeclared]
+    return gradients.skipped
+
+
+def check(module: nn.Module) -> None:
+    """See that no layer of `module` makes one patient's output depend on another's, or keeps statistics of them.
+
+    Raises:
+        RefusedError: policy, with the layers.
+    """
+    from opacus.validators import ModuleValidator
+
+    found = list(batch_norms(module))
+    faults_of = [str(error) for error in ModuleValidator.validate(module, strict=False)]
+    if found or faults_of:
+        raise RefusedError(
+            "policy",
+            f"private training cannot use these layers: {', '.join(found[:3]) or '; '.join(faults_of[:3])}",
+            step='agree on a plan with model.norm = "group"',
+        )
