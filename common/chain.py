@@ -51,8 +51,8 @@ FAULTS: Final[dict[Fault, tuple[str, str]]] = {
     ),
     "edited": (
         "the ledger {name} was edited at line {line}",
-        "restore its newest backup; where there is none, `rin-client ledger adopt --reason TEXT` keeps the lines "
-        "before that place, and the damaged file under another name",
+        "restore its newest backup; where there is none, `rin-client ledger adopt --reason TEXT` keeps every line "
+        "that can still be read, and the damaged file under another name",
     ),
     "newer": (
         "line {line} of the ledger {name} is of a kind that this release does not know",
@@ -238,6 +238,30 @@ def walk(data: bytes, population: str, path: Path) -> Iterator[Entry]:
         yield Entry(number, line.time, payload, previous)
     if lines[-1]:
         raise LedgerError("edited", path, line=len(lines))
+
+
+def rechain(data: bytes, population: str, path: Path) -> bytes:
+    """Every entry of a damaged ledger that can be read by itself, in order, as a whole chain; a whole one as it is.
+
+    Nothing that can still be counted is dropped: whoever damages a line must not gain the budget of those after it.
+
+    Raises:
+        LedgerError: newer, population.
+    """
+    last, chained = START, b""
+    for number, text in enumerate(data.split(b"\n"), 1):
+        try:
+            line, payload = _parse(text, number, path)
+        except LedgerError as error:
+            if error.fault in HELPLESS:
+                raise
+            continue
+        if number == 1 and line.population != population:
+            raise LedgerError("population", path)
+        text = compose(last, population, line.time, line.kind, payload)
+        last = Head(count=last.count + 1, digest=hashlib.sha256(text).hexdigest())
+        chained += text + b"\n"
+    return chained
 
 
 def _parse(text: bytes, number: int, path: Path) -> tuple[_Line, Payload]:

@@ -29,6 +29,7 @@ from rin.common.chain import (
     debits,
     end_of_line,
     parse_anchor,
+    rechain,
     walk,
 )
 from rin.common.errors import ConfigError, RefusedError, StateError
@@ -134,7 +135,7 @@ class Ledger:
     def adopt(self, reason: str) -> Entry:
         """Take the history as it is on a person's word, and write the word down.
 
-        Where lines were edited the ones before them are kept, and the damaged file under another name.
+        Where lines were damaged the others are kept, and the damaged file under another name.
 
         Raises:
             LedgerError: unreadable, or of another population or a newer release: nobody's word helps there.
@@ -142,13 +143,12 @@ class Ledger:
             ConfigError: the reason is empty, too long, or holds control characters.
         """
         with self._locked():
-            fault, kept = self._dispute()
+            fault = self._dispute()
             try:
                 word = Adopt(reason=reason, fault=fault, anchor=self._anchored(), coordinator=self._wanted())
             except ValidationError:
                 raise ConfigError("no such reason", step="give --reason in 1 to 500 letters, in one line") from None
-            self._cut_back(len(kept))
-            entry = self._append(kept, "adopt", word)
+            entry = self._append(self._mend(), "adopt", word)
             self._seen.unlink(missing_ok=True)
             return entry
 
@@ -172,6 +172,8 @@ class Ledger:
             raise LedgerError("edited", self.path, line=count + 1)
         missing = anchor.tail[len(rest) :]
         entries = list(walk(data + missing, self.population, self.path))
+        if count == 0 and anchor.head != START:
+            raise LedgerError("anchor", self.path)
         if count and entries[count - 1].digest != anchor.head.digest:
             raise LedgerError("edited", self.path, line=count)
         if len(entries) > count + bool(anchor.line):
@@ -237,42 +239,33 @@ class Ledger:
 
     # --- a person's word
 
-    def _dispute(self) -> tuple[Fault, list[Entry]]:
-        """What a person's word would settle, and the entries that stay."""
+    def _dispute(self) -> Fault:
+        """What a person's word would settle."""
         try:
-            entries = self._settle()
+            self._settle()
         except LedgerError as error:
             if error.fault in HELPLESS:
                 raise
-            return error.fault, self._intact()
+            return error.fault
         wanted = self._wanted()
         if wanted is None or self.contains(wanted.count, wanted.digest):
             raise StateError("nothing is wrong with the ledger", step="look at it with `rin-client ledger show`")
-        return "head", entries
+        return "head"
 
-    def _intact(self) -> list[Entry]:
-        """The entries before the first place where the chain breaks, whatever the anchor says."""
-        kept: list[Entry] = []
-        try:
-            for entry in walk(self._bytes(self.path, "missing"), self.population, self.path):
-                kept.append(entry)
-        except LedgerError as error:
-            if error.fault in HELPLESS:
-                raise
-        return kept
+    def _mend(self) -> list[Entry]:
+        """A whole chain of what can be read, whatever the anchor says; its entries.
 
-    def _cut_back(self, count: int) -> None:
-        """Leave `count` entries in the ledger; whatever else was there goes into a file of its own.
-
-        Until the anchor holds the person's word, which is the next thing to be written, the fault stays a fault.
+        Where that loses an anchored entry, the fault stays one until the anchor holds the person's word, which is the
+        next thing to be written.
         """
         data = self.path.read_bytes() if self.path.exists() else None
-        end = end_of_line(data or b"", count)
-        if data is not None and data[end:]:
+        whole = rechain(data or b"", self.population, self.path)
+        if data and whole != data:
             name = f"{self.path.stem}.damaged-{hashlib.sha256(data).hexdigest()[:8]}{self.path.suffix}"
             write_atomic(self.path.with_name(name), data, mode=0o600)
-        if data is None or data[end:]:
-            write_atomic(self.path, (data or b"")[:end], mode=0o600)
+        if whole != data:
+            write_atomic(self.path, whole, mode=0o600)
+        return list(walk(whole, self.population, self.path))
 
     def _anchored(self) -> Head | None:
         with contextlib.suppress(LedgerError):
