@@ -500,6 +500,20 @@ def test_two_processes_at_once_both_land(tmp_path: Path) -> None:
     assert len({old.attempt for old in debits(ledger.entries())}) == 40
 
 
+def test_a_reader_whom_a_writer_overtakes_reads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader = filled(tmp_path, 1), at(tmp_path)
+    real, reads = reader._bytes, itertools.count()
+
+    def slow(*which: Any) -> bytes:
+        data = real(*which)
+        if next(reads) == 0:  # the anchor is read, the ledger not yet
+            writer.debit(debit(), anything)
+        return data
+
+    monkeypatch.setattr(reader, "_bytes", slow)
+    assert len(reader.entries()) == 2
+
+
 def test_a_full_disk_stops_a_debit_and_nothing_else(tmp_path: Path) -> None:
     ledger = filled(tmp_path, 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
