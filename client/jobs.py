@@ -21,7 +21,7 @@ from rin.common.files import BLOCK, publish, read_json, write_json
 from rin.common.layout import Layout, file_digest
 from rin.common.plan import Digest, MetricName
 from rin.common.scores import GroupScores
-from rin.common.wire import Request, RoundNumber, RunId
+from rin.common.wire import Claim, Request, RoundNumber, RunId
 
 KEPT_ROUNDS: Final = 2  # this one and the one before; an older round is closed and nobody may ask for it again
 
@@ -40,6 +40,7 @@ class Stored(BaseModel):
     labels: tuple[int, ...]
     metrics: dict[MetricName, float]
     scores: tuple[GroupScores, ...] = ()
+    privacy: Claim | None = None
 
 
 @dataclass(frozen=True, slots=True)

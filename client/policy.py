@@ -26,13 +26,25 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the rules look at: the plan, its digest, the site file, accepted digests, training patients here."""
+    """What the rules look at: the plan, its digest, the site file, accepted digests, training patients here.
+
+    `patients` are those that the site declares where the plan is private, and else those in its catalog.
+    """
 
     plan: Plan
     digest: str
     site: Site
     accepted: Set[str]
     patients: int
+
+    @property
+    def private(self) -> bool:
+        return self.plan.privacy.mode == "patient"
+
+    @property
+    def rate(self) -> float:
+        """Probability of each patient in a private step; above 1 where the plan wants more than there are."""
+        return self.plan.privacy.patients / max(1, self.site.policy.patients or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +78,13 @@ RULES: Final = (
     ),
     Rule(
         "policy",
-        lambda f: f.plan.training.local_steps < f.site.policy.min_steps,
+        lambda f: not f.private and f.plan.training.local_steps < f.site.policy.min_steps,
         "training.local-steps is {facts.plan.training.local_steps}, this site wants {facts.site.policy.min_steps}",
         "agree on more local steps, or lower policy.min-steps",
     ),
     Rule(
         "policy",
-        lambda f: f.plan.training.batch_size < f.site.policy.min_batch,
+        lambda f: not f.private and f.plan.training.batch_size < f.site.policy.min_batch,
         "training.batch-size is {facts.plan.training.batch_size}, this site wants {facts.site.policy.min_batch}",
         "agree on larger batches, or lower policy.min-batch",
     ),
@@ -96,6 +108,59 @@ RULES: Final = (
     ),
 )
 
+# Of private plans. Each compares what plan and site declare; nothing here looks into the archive (threat T5).
+PRIVATE_RULES: Final = (
+    Rule(
+        "policy",
+        lambda f: f.site.policy.patients is None,
+        "site.toml does not declare how many patients private training draws from",
+        "set policy.patients to their number, rounded down, once and for all runs",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.site.policy.patients is not None and f.rate > f.site.policy.max_rate,
+        "privacy.patients is {facts.plan.privacy.patients}: a step draws each patient with probability "
+        "{facts.rate:.3g}, this site allows {facts.site.policy.max_rate}",
+        "agree on fewer patients a step, or raise policy.max-rate",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.plan.privacy.sigma < f.site.policy.min_sigma,
+        "privacy.sigma is {facts.plan.privacy.sigma}, this site wants {facts.site.policy.min_sigma}",
+        "agree on more noise, or lower policy.min-sigma",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.plan.privacy.clip > f.site.policy.max_clip,
+        "privacy.clip is {facts.plan.privacy.clip}, this site allows {facts.site.policy.max_clip}",
+        "agree on a smaller clip, or raise policy.max-clip",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.plan.training.local_steps > f.site.policy.max_steps,
+        "training.local-steps is {facts.plan.training.local_steps}, this site allows {facts.site.policy.max_steps}",
+        "agree on fewer steps a round, or raise policy.max-steps",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.site.policy.delta > f.plan.privacy.delta,
+        "policy.delta is {facts.site.policy.delta}, the plan wants {facts.plan.privacy.delta} or less",
+        "lower policy.delta; what the ledger holds is then accounted with the new one",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.site.policy.delta > max(1, f.site.policy.patients or 0) ** -1.0,
+        "policy.delta is {facts.site.policy.delta}, more than one in {facts.site.policy.patients} patients",
+        "set policy.delta below one over the number of patients",
+    ),
+    Rule(
+        "policy",
+        lambda f: f.site.device.processes > 1,
+        "device.processes is {facts.site.device.processes}: private training is one process",
+        "set device.processes = 1",
+    ),
+)
+
 
 def check(plan: Plan, digest: str, site: Site, accepted: Set[str], *, patients: int) -> list[Reason]:
     """Every reason why `site` does not train `plan`; empty means it does.
@@ -103,10 +168,13 @@ def check(plan: Plan, digest: str, site: Site, accepted: Set[str], *, patients: 
     Args:
         digest: hex SHA-256 of the plan file's bytes.
         accepted: digests of the plans that a person at the site accepted.
-        patients: patients of the site's training split.
+        patients: patients of the site's training split; a private plan looks at the declared number instead.
     """
+    if plan.privacy.mode == "patient":
+        patients = site.policy.patients or 0
     facts = Facts(plan, digest, site, accepted, patients)
-    return [Reason(rule.code, rule.text.format(facts=facts), rule.step) for rule in RULES if rule.broken(facts)]
+    rules = (*RULES, *PRIVATE_RULES) if facts.private else RULES
+    return [Reason(rule.code, rule.text.format(facts=facts), rule.step) for rule in rules if rule.broken(facts)]
 
 
 def check_start(plan: Plan, round: int, base: str) -> None:
@@ -120,7 +188,9 @@ def check_start(plan: Plan, round: int, base: str) -> None:
 
 
 def allowed_metrics(plan: Plan, site: Site) -> frozenset[FigureName]:
-    """The figures that plan and site both allow to leave."""
+    """The figures that plan and site both allow to leave; none in private training (threat T6)."""
+    if plan.privacy.mode != "none":
+        return frozenset()
     return frozenset(plan.metrics) & frozenset(site.policy.metrics)
 
 

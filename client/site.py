@@ -84,6 +84,14 @@ class Policy(Table):
     min_patients: Annotated[int, Field(ge=1)] = 20
     min_sites: Annotated[int, Field(ge=1)] = 3
     max_rounds: Annotated[int, Field(ge=1)] = 1_000
+    # Of private training. What a step does is a function of these and the plan, never of the archive (threat T5).
+    patients: Annotated[int, Field(ge=1)] | None = None  # N as the site declares it, once, rounded down
+    epsilon: Annotated[float, Field(gt=0)] = 3.0  # ceiling of all that this population's ledger holds, together
+    delta: Annotated[float, Field(gt=0, lt=1e-2)] = 1e-6
+    min_sigma: Annotated[float, Field(ge=0.3)] = 0.5
+    max_rate: Annotated[float, Field(gt=0, le=1)] = 0.2  # probability of a patient in a step
+    max_clip: Annotated[float, Field(gt=0)] = 10.0
+    max_steps: Annotated[int, Field(ge=1)] = 10_000  # of a round
 
     @model_validator(mode="after")
     def _a_person_said_so(self) -> Policy:

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 from rin.client import policy
 from rin.client.home import Home
 from rin.client.jobs import Jobs, Stored, put_out, take_in
+from rin.client.ledger import site_ledger
 from rin.client.norms import LocalNorms
+from rin.client.private import Round, private_steps
 from rin.client.site import Site, read_site
 from rin.client.training import check, device_answers, images_of, limit_memory, local_steps, release_memory
 from rin.common import egress, keys
@@ -31,9 +33,9 @@ from rin.common.events import Events
 from rin.common.files import write_atomic, write_json
 from rin.common.labels import label_set_digest
 from rin.common.layout import NOTHING, Layout, file_digest
-from rin.common.plan import PROTOCOL, Plan
+from rin.common.plan import PROTOCOL, MetricName, Plan
 from rin.common.scores import GroupScores
-from rin.common.wire import Manifest, Request, lock_digest
+from rin.common.wire import Claim, Manifest, Request, lock_digest
 
 if TYPE_CHECKING:
     from rin.client.data import TrainingData
@@ -128,9 +130,12 @@ class Trainer:
         policy.check_start(plan, request.round, request.base)
         images = images_of(self.home, site)
         self._agree(plan, request.plan, site, images.n_patients)
+        private = plan.privacy.mode == "patient"
+        if private and request.ledger is not None:
+            site_ledger(self.home).require(request.ledger)
         stored = self.jobs.stored(request)
         if stored is None:
-            if images.n_images == 0:
+            if images.n_images == 0 and not private:  # a private site does not say whether anybody is there
                 raise RefusedError("no-data")
             trains = request.round <= plan.training.rounds
             self.jobs.admit(request, max_rounds=site.policy.max_rounds, trains=trains)
@@ -172,18 +177,7 @@ class Trainer:
         scores = measure(self.home, network, plan, site, cancelled)  # of the weights that came, before they are trained
         if request.round > plan.training.rounds:
             return self._figures_only(request, site, scores)
-        result = local_steps(
-            network,
-            images,
-            plan,
-            site,
-            home=self.home,
-            round=request.round,
-            folder=self.jobs.folder(request),
-            name=request.id,
-            progress=_Watch(self, request.round, plan.training.batch_size, progress).step,
-            cancelled=cancelled,
-        )
+        metrics, claim = self._local_steps(network, request, plan, site, images, progress, cancelled)
         if norms is not None:
             norms.keep(network, request.round)
         weights.write_update(update, network, base, layout, between=wanted)
@@ -195,13 +189,57 @@ class Trainer:
             plan=request.plan,
             update=facts.digest,
             norm=facts.norm,
-            steps=result.steps,
+            steps=plan.training.local_steps,
             labels=site.labels.rows(),
-            metrics=egress.pass_metrics(result.metrics, policy.allowed_metrics(plan, site)),
+            metrics=egress.pass_metrics(metrics, policy.allowed_metrics(plan, site)),
             scores=scores,
+            privacy=claim,
         )
         self.jobs.store(request, stored)
         return stored
+
+    def _local_steps(
+        self,
+        network: Network,
+        request: Request,
+        plan: Plan,
+        site: Site,
+        images: TrainingData,
+        progress: Callable[[Progress], None],
+        cancelled: Callable[[], str],
+    ) -> tuple[dict[MetricName, float], Claim | None]:
+        """Train; figures of the batches where the plan is not private, a claim where it is."""
+        folder, private = self.jobs.folder(request), plan.privacy.mode == "patient"
+        # How many patients a private step has drawn nobody is told.
+        batch = plan.privacy.patients * plan.privacy.images if private else plan.training.batch_size
+        watch = _Watch(self, request.round, batch, progress).step
+        if private:
+            work = Round(request.run, request.round, request.plan, request.id)
+            claim = private_steps(
+                network,
+                images,
+                plan,
+                site,
+                home=self.home,
+                round=work,
+                folder=folder,
+                progress=watch,
+                cancelled=cancelled,
+            )
+            return {}, claim
+        result = local_steps(
+            network,
+            images,
+            plan,
+            site,
+            home=self.home,
+            round=request.round,
+            folder=folder,
+            name=request.id,
+            progress=watch,
+            cancelled=cancelled,
+        )
+        return result.metrics, None
 
     def _figures_only(self, request: Request, site: Site, scores: tuple[GroupScores, ...]) -> Stored:
         """The answer of the closing round: an update without tensors."""
@@ -244,6 +282,7 @@ class Trainer:
             labels=stored.labels,
             metrics=stored.metrics,
             scores=stored.scores,
+            privacy=stored.privacy,
             release=metadata.version("rin"),
             lock=lock_digest(),
         )
@@ -264,6 +303,7 @@ class Trainer:
                 "norm": stored.norm,
                 "metrics": dict(stored.metrics),
                 "scores": [group.model_dump(mode="json") for group in stored.scores],
+                "privacy": stored.privacy.model_dump(mode="json") if stored.privacy else None,
             },
         )
         put_out(self.jobs.update(request), outbox, f"{request.id}.safetensors", stored.update)

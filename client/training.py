@@ -51,8 +51,11 @@ def local_steps(
         cancelled: asked before each step; a code ends the work.
 
     Raises:
-        RefusedError: that code, no-data, not-finite, memory or device.
+        RefusedError: that code, no-data, not-finite, memory or device; policy for a private plan, which is not trained
+            like this: see rin.client.private.
     """
+    if plan.privacy.mode != "none":
+        raise RefusedError("policy", "the plan is private, and this training is not", step="choose another plan")
     from rin.common import fit
     from rin.common.snapshots import Snapshots
 

@@ -8,11 +8,13 @@ from typing import Any, Final
 
 from rin.common.backbones import NORMALISATIONS
 from rin.common.plan import Plan
+from rin.common.statement import UNPROTECTED
 
-# What a checkpoint says about the protection of the patients it was trained on, by the plan's privacy mode.
+# What a checkpoint says about the protection of the patients it was trained on, by the plan's privacy mode; where sites
+# have trained privately, what they claim takes its place.
 STATEMENTS: Final[dict[str, str]] = {
-    "none": "none: trained without differential privacy. Whoever holds the sites' updates could reconstruct training "
-    "images; nothing is promised about what these weights reveal of a patient.",
+    "none": UNPROTECTED,
+    "patient": "no patient's image has had a part in these weights since the run began",
 }
 # Of weights that one site trained alone; nothing of that training left it.
 ALONE: Final = (

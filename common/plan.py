@@ -132,9 +132,15 @@ class Limits(Table):
 
 
 class Privacy(Table):
-    """The mechanism that protects patients. Private training is not in this release: `none` is the only mode."""
+    """The mechanism that protects patients; see rin.common.private. `training.batch-size` has no part in it."""
 
-    mode: Literal["none"] = "none"
+    mode: Literal["none", "patient"] = "none"
+    sigma: Annotated[float, Field(ge=0.3, le=1e4)] = 1.0  # noise on the sum of a step, in clip norms
+    clip: Annotated[float, Field(gt=0, le=1e4)] = 1.0  # largest L2 norm of a patient's gradient
+    patients: Annotated[int, Field(ge=1, le=10**7)] = 256  # of a site in a step: expected, not counted
+    images: Annotated[int, Field(ge=1, le=1000)] = 4  # of a patient in a step, at most
+    views: Annotated[int, Field(ge=1, le=64)] = 1  # how often each of them is augmented
+    delta: Annotated[float, Field(gt=0, le=1e-2)] = 1e-5  # the largest that a site may account with
 
 
 class Bench(Table):
@@ -188,9 +194,27 @@ class Plan(Table):
             raise ValueError('training.logit-adjustment: needs model.target = "single"')
         if self.training.logit_adjustment and self.training.sampling == "balanced":
             raise ValueError("training.logit-adjustment: balanced sampling has done that already; choose one of them")
+        if self.privacy.mode == "patient":
+            self._rules_of_private_training()
         if {"confusion", "auc"} & set(self.metrics) and "validation" not in self.metrics:
             raise ValueError("metrics: confusion and auc come with validation only")
         return self
+
+    def _rules_of_private_training(self) -> None:
+        """Nothing in a private step is computed from patients but the gradients of those drawn (threats T5, T6)."""
+        training, faults = self.training, []
+        if self.metrics:
+            faults.append("metrics: no figure leaves a site in private training; say metrics = []")
+        if self.model.norm != "group" and self.model.backbone != "swin_t":
+            faults.append('model.norm: batch norm mixes patients; say norm = "group"')
+        if training.sampling != "uniform":
+            faults.append('training.sampling: patients are drawn by chance alone; say sampling = "uniform"')
+        if training.mixup:
+            faults.append("training.mixup: it mixes patients; say mixup = 0")
+        if training.logit_adjustment:
+            faults.append("training.logit-adjustment: it counts the site's labels; say logit-adjustment = 0")
+        if faults:
+            raise ValueError("; ".join(faults))
 
     @property
     def last_round(self) -> int:

@@ -227,6 +227,7 @@ def fit_private(
     round: int,
     device: torch.device,
     threads: int,
+    charge: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] = silent,
     cancelled: Callable[[], bool] = never,
     snapshots: Snapshots | None = None,
@@ -237,6 +238,9 @@ def fit_private(
     private pretraining are this one path. Head rows outside `rows` come back as they were: which rows are declared is
     public. The randomness is new in every call, so no two calls give the same weights; a snapshot holds weights that
     have had their noise, and no key.
+
+    Args:
+        charge: called before the first step, when the snapshot to go on from is on the disk; it debits the round once.
 
     Returns:
         Patients that were left out because their gradient was not finite, in this call. It is of the patients, so it
@@ -255,7 +259,12 @@ def fit_private(
     stepper, average = Stepper(module, recipe), Average(module, recipe.ema) if recipe.ema else None
     gradients = PatientGradients(module, goal, mechanism, source, device=device, half=half_precision(device))
     held = Held(module, stepper.optimizer, average.tensors if average else {})
-    first = 0 if snapshots is None else snapshots.resume(held)
+    first = 0
+    if snapshots is not None:
+        first = snapshots.resume(held)
+        if not first:
+            snapshots.keep(0, held)  # whoever dies before the next one goes on inside the same debit
+    charge()
     stream = steps(data, mechanism, source, size=module.image_size, device=device, options=plan.augment)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for step in range(first, recipe.steps):

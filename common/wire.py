@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rin.common.chain import Head
 from rin.common.errors import CODES, RefusedError
 from rin.common.files import canonical_json
 from rin.common.plan import PROTOCOL, Digest, MetricName, SiteName
@@ -51,6 +52,23 @@ def from_bytes(model: type[W], data: bytes, *, code: str = "bad-request") -> W:
     return value
 
 
+class Claim(_Wire):
+    """What a site says about the protection of its patients, with the update's own round in it.
+
+    Attributes:
+        epsilon: of everything that the site's ledger holds, at `delta`; for one patient added or removed.
+        mechanism: see rin.common.chain.MECHANISM.
+        ledger: the ledger's head after the debit of this round.
+    """
+
+    unit: Literal["patient"] = "patient"
+    epsilon: Annotated[float, Field(ge=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    mechanism: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+    accountant: Literal["prv"] = "prv"
+    ledger: Head
+
+
 class Request(_Wire):
     """One site's work in one round. `run` separates two run directories with the same plan."""
 
@@ -61,6 +79,7 @@ class Request(_Wire):
     plan: Digest
     base: Digest  # of the global weights' tensor bytes
     deadline_s: Annotated[float, Field(gt=0)]  # what is left of the round when the message is made, a duration
+    ledger: Head | None = None  # the last that this site has signed for: its ledger must contain it (threat T13)
 
     @property
     def id(self) -> str:
@@ -83,6 +102,7 @@ class Manifest(_Wire):
     labels: Annotated[tuple[int, ...], Field(min_length=1, max_length=4096)]  # head rows that the site declares
     metrics: dict[MetricName, float]  # what the egress gate let through
     scores: Annotated[tuple[GroupScores, ...], Field(max_length=64)] = ()  # of the base's weights, on held-out images
+    privacy: Claim | None = None  # of private training
     release: Annotated[str, Field(max_length=64)]  # version of rin at the site
     lock: Digest  # of the site's installed distributions, see `lock_digest`
 

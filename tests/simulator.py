@@ -98,7 +98,7 @@ def plan_text(sites: Sequence[str], **tables: dict[str, Any]) -> bytes:
         "retention": {},
     }
     for name, table in tables.items():
-        plan[name] = {**plan[name], **table}
+        plan[name] = {**plan.get(name, {}), **table}
     lines = ["protocol = 1", 'name = "simulated"', f'label-set = "{label_set_digest()}"', "[sites]"]
     lines += [f"{site} = {float(1 + i)}" for i, site in enumerate(sites)]
     for name, table in plan.items():

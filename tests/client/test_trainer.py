@@ -75,8 +75,9 @@ def test_the_egress_log_names_what_left_and_nothing_of_a_patient(small_site: Mak
     line = json.loads(site.home.egress_log.read_bytes())
     assert line["sha256"] == done.update
     assert line["metrics"].keys() == {"loss", "top1", "images"}
+    assert line["privacy"] is None
     assert line["scores"] == []  # neither plan nor site asks for figures of validation
-    assert set(line) - {"time", "what", "sha256", "to", "scores"} == {
+    assert set(line) - {"time", "what", "sha256", "to", "scores", "privacy"} == {
         *("manifest", "run", "round", "plan", "bytes", "norm", "metrics")
     }
 

@@ -1,0 +1,205 @@
+"""A private round at the site: may it be paid for, the debit before its first step, and what is then claimed."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rin.client import parallel
+from rin.client.data import TrainingData
+from rin.client.home import Home
+from rin.client.ledger import site_ledger
+from rin.client.site import Site
+from rin.common.chain import MECHANISM
+from rin.common.errors import RefusedError
+from rin.common.ledger import Debit, Entry, Ledger, debits
+from rin.common.plan import Plan
+from rin.common.wire import Claim
+
+if TYPE_CHECKING:
+    from rin.common.accountant import Row
+    from rin.common.backbones import Network
+    from rin.common.private import Mechanism
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a debit is for: `request` names one site's work in one round of one plan from one base."""
+
+    run: str
+    number: int
+    plan: str
+    request: str
+
+
+def mechanism_of(plan: Plan, site: Site) -> Mechanism:
+    """What each step does, by what plan and site declare and by nothing else (threat T5)."""
+    from rin.common.private import Mechanism
+
+    private = plan.privacy
+    return Mechanism(
+        rate=private.patients / _patients(site),
+        patients=float(private.patients),
+        images=private.images,
+        views=private.views,
+        clip=private.clip,
+        sigma=private.sigma,
+    )
+
+
+def row_of(plan: Plan, site: Site) -> Row:
+    """What a round of `plan` costs, for the accountant."""
+    from rin.common.accountant import Row
+
+    return Row(plan.privacy.sigma, plan.privacy.patients / _patients(site), plan.training.local_steps)
+
+
+def rows_of(entries: Sequence[Entry]) -> list[Row]:
+    """What the ledger holds, for the accountant: all runs, finished or not."""
+    from rin.common.accountant import Row
+
+    return [Row(debit.sigma, debit.rate, debit.steps) for debit in debits(entries)]
+
+
+def gate(plan: Plan, site: Site) -> Callable[[Sequence[Entry]], None]:
+    """A function that raises RefusedError("budget") where the entries and one more round cross the site's ceiling."""
+
+    def allow(entries: Sequence[Entry]) -> None:
+        from rin.common.accountant import fits
+
+        policy = site.policy
+        if not fits(rows_of(entries), row_of(plan, site), policy.epsilon, policy.delta):
+            raise RefusedError(
+                "budget",
+                f"policy.epsilon is {policy.epsilon:g} at delta {policy.delta:g}, and this round would cross it",
+                step="look at `rin-client ledger show`; more is a decision of the privacy officer, in site.toml",
+            )
+
+    return allow
+
+
+def private_steps(
+    network: Network,
+    images: TrainingData,
+    plan: Plan,
+    site: Site,
+    *,
+    home: Home,
+    round: Round,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    cancelled: Callable[[], str],
+) -> Claim:
+    """Train `network`, which holds the weights that the round starts from, in place; the round is debited first.
+
+    An interrupted round goes on from its snapshot with new randomness and inside its debit. Where the snapshot is lost,
+    the round begins anew and costs another one.
+
+    Args:
+        folder: of this round's own; it keeps the snapshot.
+        progress, cancelled: as for `rin.client.training.local_steps`.
+
+    Raises:
+        LedgerError: the ledger is not what it was; nothing is trained then.
+        RefusedError: budget, policy, cancelled, not-finite, memory or device.
+    """
+    from rin.common import fit
+    from rin.common.private import fit_private
+    from rin.common.snapshots import Snapshots
+
+    if not images.patients_known:
+        raise RefusedError("policy", "the archive names no patients, so nobody can be protected as one")
+    ledger, path = site_ledger(home), folder / parallel.SNAPSHOT
+    attempt = _attempt(ledger, path, round.request) or secrets.token_hex(16)
+
+    def charge() -> None:
+        if attempt not in {debit.attempt for debit in debits(ledger.entries())}:
+            ledger.debit(_debit(plan, site, round, attempt), gate(plan, site))
+
+    try:
+        fit_private(
+            network,
+            images,
+            plan,
+            mechanism_of(plan, site),
+            rows=site.labels.rows(),
+            exhaustive_rows=site.labels.exhaustive_rows(),
+            round=round.number,
+            device=fit.pick_device(site.device.name),
+            threads=site.device.threads,
+            charge=charge,
+            progress=progress,
+            cancelled=lambda: bool(cancelled()),
+            snapshots=Snapshots(path, _name(round.request, attempt)),
+        )
+    except RefusedError as error:
+        if error.code == "cancelled":
+            raise RefusedError(cancelled() or error.code) from None
+        raise
+    return claim(ledger, site)
+
+
+def claim(ledger: Ledger, site: Site) -> Claim:
+    """What the site may say now, by all that its ledger holds; epsilon is rounded up."""
+    from rin.common.accountant import epsilon
+
+    entries = ledger.entries()
+    spent = epsilon(rows_of(entries), site.policy.delta)
+    return Claim(
+        epsilon=math.ceil(spent * 1000) / 1000,
+        delta=site.policy.delta,
+        mechanism=MECHANISM,
+        ledger=entries[-1].head,
+    )
+
+
+def _patients(site: Site) -> int:
+    """N as the site declares it; the policy's rules have been checked before anything is computed."""
+    if site.policy.patients is None:
+        raise RefusedError("policy", "site.toml does not declare policy.patients", step="set it, rounded down")
+    return site.policy.patients
+
+
+def _debit(plan: Plan, site: Site, round: Round, attempt: str) -> Debit:
+    row = row_of(plan, site)
+    return Debit(
+        run=round.run,
+        round=round.number,
+        plan=round.plan,
+        request=round.request,
+        attempt=attempt,
+        sigma=row.sigma,
+        rate=row.rate,
+        steps=row.steps,
+        clip=plan.privacy.clip,
+        images=plan.privacy.images,
+        patients=_patients(site),
+        delta=site.policy.delta,
+        release=metadata.version("rin"),
+    )
+
+
+def _name(request: str, attempt: str) -> str:
+    return f"{request} {attempt}"
+
+
+def _attempt(ledger: Ledger, snapshot: Path, request: str) -> str:
+    """The attempt whose snapshot is here, if it is of this request; empty if there is none.
+
+    Raises:
+        LedgerError: the ledger is not what it was.
+    """
+    from rin.common.weights import read_facts
+
+    ledger.entries()
+    try:
+        name = str(read_facts(snapshot).get("name", ""))
+    except RefusedError:
+        return ""
+    of, _, attempt = name.partition(" ")
+    return attempt if of == request else ""
