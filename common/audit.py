@@ -173,9 +173,9 @@ def sampling(drawn: Bools, rate: float, images: npt.NDArray[np.integer]) -> tupl
 
 def _z(name: str, value: float, mean: float, variance: float, words: str) -> Check:
     off = abs(float(value) - mean)
-    return Check(
-        name, off / math.sqrt(variance) if variance else (math.inf if off else 0.0), Z, f"{words}, in standard errors"
-    )
+    if off:
+        off = off / math.sqrt(variance) if variance else math.inf
+    return Check(name, off, Z, f"{words}, in standard errors")
 
 
 def _dispersion(name: str, counts: npt.NDArray[np.int64], trials: int, rate: float, words: str) -> Check:
