@@ -67,6 +67,11 @@ class Home:
         return self.root / "vault" / "accepted"
 
     @property
+    def budget(self) -> Path:
+        """What the ledger had come to after the last debit, for people; nothing is decided by it."""
+        return self.root / "vault" / "budget.json"
+
+    @property
     def vault_log(self) -> Path:
         return self.root / "vault" / "log"
 

@@ -6,16 +6,22 @@ import contextlib
 import os
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rin.client.home import Home
+from rin.client.ingest.gone import NEXT
 from rin.client.ingest.report import PATIENTS_UNKNOWN, PATIENTS_WARNING
 from rin.common.errors import StateError
 from rin.common.files import lock, read_json
 
+# Images that the last ingest which came to its end found no file of.
+_GONE: Final = (
+    "images JOIN files USING (path_key) WHERE seen < (SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'finished')"
+)
+
 
 def status(home: Home) -> dict[str, Any]:
-    """Agent, coordinator, trainer, airlock, catalog; None for what is not known, or not readable for this user.
+    """Agent, coordinator, trainer, airlock, budget, catalog; None for what is not known, or not readable for this user.
 
     Raises:
         StateError: there is no such home.
@@ -39,6 +45,7 @@ def status(home: Home) -> dict[str, Any]:
         },
         "trainer": trainer,
         "airlock": _airlock(home, agent),
+        "budget": _facts(home.budget) or None,
         "catalog": _catalog(home.catalog),
     }
 
@@ -74,13 +81,16 @@ def _catalog(path: Path) -> dict[str, int | str | None]:
         "images": "SELECT count(*) FROM images",
         "patients": "SELECT count(DISTINCT patient) FROM images",
         "files_refused": "SELECT count(*) FROM files WHERE reason NOT NULL",
+        "images_gone": f"SELECT count(*) FROM {_GONE}",
+        "patients_gone": f"SELECT count(DISTINCT patient) FROM {_GONE}",
     }
     warning: dict[str, str] = {}
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             if db.execute("SELECT 1 FROM meta WHERE key = 'patients' AND value = ?", (PATIENTS_UNKNOWN,)).fetchone():
                 warning = {"warning": PATIENTS_WARNING}
-                queries["patients"] = f"SELECT '{PATIENTS_UNKNOWN}'"
-            return {name: db.execute(query).fetchone()[0] for name, query in queries.items()} | warning
+                queries |= dict.fromkeys(("patients", "patients_gone"), f"SELECT '{PATIENTS_UNKNOWN}'")
+            counts = {name: db.execute(query).fetchone()[0] for name, query in queries.items()}
+            return counts | warning | ({"next": f"images without a file: {NEXT}"} if counts["images_gone"] else {})
     except (sqlite3.Error, OSError):
         return dict.fromkeys(queries)

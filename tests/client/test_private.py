@@ -14,6 +14,7 @@ from rin.client.ingest.pseudonyms import site_pseudonyms
 from rin.client.ledger import site_ledger
 from rin.client.private import claim, row_of
 from rin.client.site import read_site
+from rin.client.status import status
 from rin.client.trainer import Trainer
 from rin.common import egress, keys, snapshots
 from rin.common.accountant import epsilon
@@ -89,6 +90,7 @@ def test_a_run_debits_every_round_once_and_says_what_it_came_to(tmp_path: Path) 
     made = consortium(tmp_path)
     made.go()
     rates = set()
+    assert status(made.homes["siteA"])["budget"]["rounds_left"] > 0
     for site, home in made.homes.items():
         found = debits(site_ledger(home).entries())
         assert [debit.round for debit in found] == [1, 2]
@@ -98,6 +100,8 @@ def test_a_run_debits_every_round_once_and_says_what_it_came_to(tmp_path: Path) 
         assert counted.metrics == {} and counted.scores == ()
         assert counted.privacy == claim(site_ledger(home), read_site(home))
         assert counted.privacy is not None and counted.privacy.ledger == record_of(made, 2).ledgers[site]
+        shown = status(home)["budget"]
+        assert (shown["epsilon"], shown["ceiling"], shown["entries"]) == (counted.privacy.epsilon, 50.0, 2)
         row = row_of(made.plan, read_site(home))
         assert counted.privacy.epsilon == pytest.approx(epsilon([row, row], 1e-3), abs=2e-3)
     assert rates == {0.1}
