@@ -101,6 +101,9 @@ def ingest(
             "--csv", help="Layout radimagenet: a list of the published split; again for each.", show_default=False
         ),
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove the images whose files are gone, from catalog and cache.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line.")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show path and reason of every refused file, on this terminal only.")
@@ -112,7 +115,6 @@ def ingest(
     """Read the archive into catalog and cache; what is known is skipped, so it may be stopped at any time."""
     from rin.client import site as sites
     from rin.client.ingest import pipeline, sheet
-    from rin.client.ingest.report import PATIENTS_WARNING
 
     here = home_of(home)
     settings = sites.read_site(here) if here.site_toml.is_file() else None
@@ -127,17 +129,16 @@ def ingest(
             typer.echo(f"{reason}\t{path}")
         return
     show = progress_printer("ingest, files")
-    chosen = layout or (settings.archive.layout if settings else "dicom")
-    if chosen == "radimagenet":
-        _warn(PATIENTS_WARNING)  # before the hours, not after them
     report = pipeline.ingest(
         here,
         site=name,
         roots=roots,
         labels=labels or (settings.archive.labels if settings else None),
         mapping=mapping or (settings.archive.mapping if settings else None),
-        layout=chosen,
+        layout=layout or (settings.archive.layout if settings else "dicom"),
         csv=csv or list(settings.archive.csv if settings else ()),
+        prune=prune,
+        warn=_warn,
         progress=lambda state: show(state.done, state.total if state.stage == "read" else 0),
     )
     if contact_sheet is not None:
@@ -162,6 +163,10 @@ def _print_report(report: IngestReport, drawn: Path | None) -> None:
     for name, count in report.facts.items():
         if count:
             typer.echo(f"  {'note':<9}{count:>8}  {FACTS[name]}")
+    if report.pruned:
+        typer.echo(f"  {'pruned':<9}{report.pruned:>8}  images whose files are gone")
+    if gone := report.gone.as_text():
+        _warn(gone)
     if report.warning:
         _warn(report.warning)
     if report.refused:

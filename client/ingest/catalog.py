@@ -12,6 +12,7 @@ from typing import Final
 from rin.client.ingest.cache import SHARD_IMAGES
 from rin.client.ingest.copies import SCHEMA as COPIES
 from rin.client.ingest.copies import Copies
+from rin.client.ingest.gone import Gone
 from rin.client.ingest.report import PATIENTS_UNKNOWN
 from rin.common.errors import StateError
 
@@ -94,7 +95,7 @@ class Catalog:
         self._db.executescript(
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;" + _SCHEMA + COPIES
         )
-        self.copies = Copies(self._db)
+        self.copies, self.gone = Copies(self._db), Gone(self._db)
         self._db.execute("BEGIN")
         version = self.meta("schema")
         if version not in (None, SCHEMA_VERSION):

@@ -119,15 +119,24 @@ def _in_cache(run: Run, one: _Instance, instance: bytes) -> dict[int, int] | Non
     item = one.item
     frames = run.catalog.frames_of(instance)
     owners = {path_key for _, path_key in frames.values()} - {item.key}
-    for owner in owners:
-        known = run.catalog.known(owner)
-        if known and known.seen == run.number:
-            raise Refused("duplicate-instance")
+    _no_twin(run, owners)
     if not frames or one.wanted is None or one.layout is None:
         return None
     own_change = not owners and (item.known is None or item.known.stamp != item.stamp)
     wanted = one.wanted.decode() or frozenset(range(1, one.layout.frames + 1))
     return None if own_change or wanted - frames.keys() else {frame: frames[frame][0] for frame in wanted}
+
+
+def _no_twin(run: Run, owners: set[bytes]) -> None:
+    """Asked before and after the decoding: a twin may have been under way at the same time.
+
+    Raises:
+        Refused: `duplicate-instance`, one of these files is still there.
+    """
+    for owner in owners:
+        known = run.catalog.known(owner)
+        if known and known.seen == run.number:
+            raise Refused("duplicate-instance")
 
 
 def _add(run: Run, one: _Instance, outcome: Outcome) -> None:
@@ -136,10 +145,9 @@ def _add(run: Run, one: _Instance, outcome: Outcome) -> None:
         raise Refused("bad-header")
     run.forget(one.item)
     instance = run.names.instance(one.who)
-    for owner in {owner for _, owner in run.catalog.frames_of(instance).values()}:
-        known = run.catalog.known(owner)
-        if known and known.seen == run.number:
-            raise Refused("duplicate-instance")  # its twin was under way at the same time
+    owners = {owner for _, owner in run.catalog.frames_of(instance).values()}
+    _no_twin(run, owners)
+    for owner in owners:
         run.catalog.forget_file(owner)
     reasons: Counter[str] = Counter()
     accepted = 0
@@ -188,6 +196,7 @@ def _relabel(run: Run, one: _Instance, keep: dict[int, int]) -> None:
         raise Refused("bad-header")
     item, catalog = one.item, run.catalog
     owners = {owner for _, owner in catalog.frames_of(run.names.instance(one.who)).values()}
+    _no_twin(run, owners - {item.key})
     for frame, image in keep.items():
         catalog.relabel(image, one.wanted.of(frame), b"")
     for key in owners | {item.key}:

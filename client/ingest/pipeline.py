@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from rin.client.ingest.labelling import Labelling
 from rin.client.ingest.mapping import own_names, read_labels, read_mapping
 from rin.client.ingest.pseudonyms import Pseudonyms, site_pseudonyms
 from rin.client.ingest.radimagenet import RadImageNet
-from rin.client.ingest.report import PATIENTS_UNKNOWN, IngestReport, Progress
+from rin.client.ingest.report import PATIENTS_UNKNOWN, PATIENTS_WARNING, IngestReport, Progress
 from rin.client.ingest.run import Run, Source
 from rin.client.ingest.walk import check_roots
 from rin.client.ingest.workers import TIMEOUT_S, WORKERS, Pool
@@ -27,6 +28,7 @@ from rin.common.files import lock
 from rin.common.labels import label_set_digest
 
 __all__ = ["IngestReport", "Progress", "explain", "ingest"]
+_LOG = logging.getLogger(__name__)
 _AHEAD: Final = 24  # files under way for each worker
 _SITE: Final = re.compile(r"[A-Za-z0-9-]{1,32}")
 
@@ -40,7 +42,9 @@ def ingest(
     mapping: Path | None = None,
     layout: str = "dicom",
     csv: Sequence[Path] = (),
+    prune: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    warn: Callable[[str], None] = _LOG.warning,
     workers: int = WORKERS,
     timeout_s: float = TIMEOUT_S,
 ) -> IngestReport:
@@ -52,10 +56,12 @@ def ingest(
     Args:
         layout: `dicom`, or `radimagenet` for the published PNG folders, whose names are the labels.
         csv: the published split of layout `radimagenet`.
+        prune: remove the images whose files are gone; without it they stay, for an archive may not be mounted.
+        warn: called with what a person must know before the work, once every argument was found right.
 
     Raises:
         ConfigError: site name, roots, layout, labels, mapping or csv are wrong.
-        StateError: the home belongs to another site, key or layout, or is in use.
+        StateError: the home belongs to another site, key or layout, or is in use; or it cannot be told what is gone.
         RinError: `disk-full`.
     """
     start = time.monotonic()
@@ -73,10 +79,17 @@ def ingest(
             make_ledger(home, catalog, names)
             catalog.set_meta("patients", "known" if source.patients_known else PATIENTS_UNKNOWN)
             cache = Cache(home.cache, slots=catalog.slots)
-            run = Run(home, catalog, cache, pool, names, source, checked, progress, _AHEAD * workers)
+            run = Run(home, catalog, cache, pool, names, source, checked, progress, _AHEAD * workers, warn)
+            if not source.patients_known:
+                warn(PATIENTS_WARNING)  # before the hours, not after them
             run.scan()
+            if prune:
+                run.check_prune()
             run.read()
+            if prune:
+                run.prune()
             pool.close()
+            run.finish()
             return run.report(time.monotonic() - start)
         except BaseException:
             pool.cancel()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from rin.client.ingest.gone import GoneCount
+
 PATIENTS_UNKNOWN: Final = "unknown"  # the catalog's word on an archive that names no patient
 PATIENTS_WARNING: Final = (
     "no patient ids exist in this data: each image counts as a patient of its own. One person may stand on both sides"
@@ -51,6 +53,9 @@ class IngestReport:
         seconds: wall time of this run.
         patients_known: False where the archive does not say whose image a file is.
         facts: counts of the layout's own, see `FACTS`.
+        gone: images of the catalog whose file is no longer below the roots.
+        pruned: images that this run removed for that reason.
+        empty_roots: roots without a single file.
     """
 
     files: int
@@ -64,6 +69,9 @@ class IngestReport:
     seconds: float
     patients_known: bool = True
     facts: dict[str, int] = field(default_factory=dict)
+    gone: GoneCount = field(default_factory=GoneCount)
+    pruned: int = 0
+    empty_roots: int = 0
 
     @property
     def warning(self) -> str | None:

@@ -18,6 +18,7 @@ from rin.client.ingest.reasons import Refused
 from rin.client.ingest.report import IngestReport, Progress
 from rin.client.ingest.walk import Found, walk
 from rin.client.ingest.workers import Pool
+from rin.common.errors import StateError
 from rin.common.labels import label_set
 
 _LOG = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Run:
     roots: list[Path]
     progress: Callable[[Progress], None] | None
     ahead: int
+    warn: Callable[[str], None]
     number: int = field(init=False)
     digest: bytes = field(init=False)
     pinned: frozenset[bytes] = field(init=False)
@@ -100,6 +102,9 @@ class Run:
     accepted: int = 0
     refused: int = 0
     told: float = 0.0
+    pruned: int = 0
+    closed: int = 0  # folders that cannot be listed
+    empty: list[Path] = field(default_factory=list)  # roots without a file
 
     def __post_init__(self) -> None:
         self.number = int(self.catalog.meta("run") or 0) + 1
@@ -116,22 +121,67 @@ class Run:
 
     def scan(self) -> None:
         """Count the files, and mark those that the catalog knows: an image whose file is gone may have moved."""
-        for found in self.files():
-            self.catalog.mark_seen(self.names.path(found.path), self.number)
-            self.total += 1
-            self._tell("scan")
-            if self.total % _SCANNED == 0:
-                self.catalog.commit()
+        for root in self.roots:
+            readable = 0
+            for found in walk(root, leave_out=self.home.root):
+                self.catalog.mark_seen(self.names.path(found.path), self.number)
+                self.total += 1
+                self.closed += found.folder
+                readable += found.size >= 0
+                self._tell("scan")
+                if self.total % _SCANNED == 0:
+                    self.catalog.commit()
+            if not readable:
+                self.empty.append(root)
+                self.warn(f"{root} holds no file that can be read: is it mounted, and is it the right folder?")
+        if self.catalog.gone.since(self.number, int(self.catalog.meta("finished") or 0)):
+            self.catalog.gone.look_again("duplicate-instance")  # its twin may be what is gone
         self.catalog.commit()
 
-    def read(self) -> None:
-        """Decide on every file."""
+    def check_prune(self) -> None:
+        """See that what this run did not find is gone, and not merely out of sight.
+
+        Raises:
+            StateError: a root is empty, a folder cannot be listed, or the last run had other roots.
+        """
+        step = "mount the archive and look at the folder's permissions, then run it again; nothing was removed"
+        if self.empty:
+            raise StateError(f"{len(self.empty)} of {len(self.roots)} archive folders hold no file", step=step)
+        if self.closed:
+            raise StateError(f"{self.closed} folders of the archive cannot be listed", step=step)
+        if self.number > 1 and set((self.catalog.meta("roots") or "?").split()) - self._roots():
+            raise StateError(
+                "the last ingest that came to its end read other archive folders than this one",
+                step="name every folder, or run it without --prune first and look at what is gone; nothing was removed",
+            )
+
+    def prune(self) -> None:
+        """Remove the images whose files are gone, rows and pixels; what repeated one of them is then read again."""
+        before = self.catalog.gone.images()
+        while gone := self.catalog.gone.files(self.number):
+            for key in gone:
+                self.catalog.forget_file(key)
+            self.commit()
+        self.pruned = before - self.catalog.gone.images()
+        if self.pruned:
+            self.catalog.gone.look_again("duplicate-instance", "duplicate-pixels")
+            self.read(again=True)
+
+    def finish(self) -> None:
+        """Every file was seen and decided: what was not seen is gone."""
+        self.catalog.set_meta("roots", " ".join(sorted(self._roots())))
+        self.catalog.set_meta("finished", str(self.number))
+        self.commit()
+
+    def read(self, *, again: bool = False) -> None:
+        """Decide on every file, or `again` on those that are to be looked at once more."""
         under_way: deque[Item] = deque()
         frames = 0
         for found in self.files():
-            item = self._begin(found)
+            item = self._begin(found, again=again)
             if item is None:
-                self._count()
+                self.done += not again
+                self._tell("read")
                 continue
             under_way.append(item)
             frames += item.frames
@@ -139,8 +189,10 @@ class Run:
             while under_way and (len(under_way) > keep or frames > _AHEAD_FRAMES):
                 frames -= under_way[0].frames
                 self._finish(under_way.popleft())
+                self.done += not again
         while under_way:
             self._finish(under_way.popleft())
+            self.done += not again
         self.source.end(self)
         self.commit()
         self._tell("read", last=True)
@@ -161,6 +213,9 @@ class Run:
             seconds=seconds,
             patients_known=self.source.patients_known,
             facts=self.source.facts(self),
+            gone=self.catalog.gone.count(self.number, self.digest, patients_known=self.source.patients_known),
+            pruned=self.pruned,
+            empty_roots=len(self.empty),
         )
 
     def add(self, item: Item, row: ImageRow, pixels: bytes) -> int:
@@ -213,12 +268,17 @@ class Run:
         self.uncommitted = 0
         self._erase()
 
-    def _begin(self, found: Found) -> Item | None:
+    def _roots(self) -> set[str]:
+        return {self.names.path(root).hex() for root in self.roots}
+
+    def _begin(self, found: Found, *, again: bool) -> Item | None:
         """None for a file that is known and unchanged."""
         key = self.names.path(found.path)
         stamp = self.names.stamp(found.size, found.mtime_ns)
         known = self.catalog.known(key)
         if known and not known.open and (known.stamp, known.labelling) == (stamp, self.digest):
+            return None
+        if again and (known is None or known.stamp):
             return None
         item = Item(found, key, stamp, known)
         try:
@@ -242,7 +302,7 @@ class Run:
             else:
                 self.forget(item)
                 self.close(item, Counter({refused.reason: 1}), accepted=0)
-        self._count()
+        self._tell("read")
 
     def _commit_if_due(self) -> None:
         self.uncommitted += 1
@@ -254,10 +314,6 @@ class Run:
             self.cache.erase(slots)
             self.catalog.clear_erased(slots)
             self.catalog.commit()
-
-    def _count(self) -> None:
-        self.done += 1
-        self._tell("read")
 
     def _tell(self, stage: str, *, last: bool = False) -> None:
         now = time.monotonic()

@@ -13,12 +13,14 @@ from rin.common.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One file; `size` is -1 where it cannot be examined (a broken link, no permission)."""
+    """One file; `size` is -1 where it cannot be examined (a broken link, no permission). `folder` is True for a whole
+    folder that cannot be listed."""
 
     path: Path
     relative: str
     size: int
     mtime_ns: int
+    folder: bool = False
 
 
 def check_roots(roots: Sequence[Path]) -> list[Path]:
@@ -50,7 +52,7 @@ def _walk(folder: Path, prefix: str, leave_out: Path) -> Iterator[Found]:
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name, reverse=True)
     except OSError:
-        yield Found(folder, prefix.rstrip("/"), -1, 0)
+        yield Found(folder, prefix.rstrip("/"), -1, 0, folder=True)
         return
     while listed:
         entry = listed.pop()  # and what it remembers of its file: a folder may hold 100,000
