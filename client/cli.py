@@ -165,6 +165,9 @@ def _print_report(report: IngestReport, drawn: Path | None) -> None:
             typer.echo(f"  {'note':<9}{count:>8}  {FACTS[name]}")
     if report.pruned:
         typer.echo(f"  {'pruned':<9}{report.pruned:>8}  images whose files are gone")
+    if report.to_erase:
+        typer.echo(f"  {'waiting':<9}{report.to_erase:>8}  removed images: their pixels stay while training reads them")
+        typer.echo("next: run the same command again when no round is trained: it erases those pixels")
     if gone := report.gone.as_text():
         _warn(gone)
     if report.warning:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rin.client.home import Home
-from rin.client.ingest.cache import SHARD_IMAGES, SIDE, map_shards
-from rin.client.ingest.catalog import CatalogImage, patients_known, read_images
+from rin.client.ingest.cache import SHARD_IMAGES, SIDE, Reading, map_shards
+from rin.client.ingest.catalog import CatalogImage, patients_known, read_images, require_catalog
 from rin.common.labels import label_set
 
 
@@ -42,6 +42,7 @@ class TrainingData:
     patients_known: bool
     _slots: NDArray[np.int64]
     _shards: tuple[NDArray[np.uint8], ...]
+    _reading: Reading  # for as long as the shards are mapped, ingest erases nothing in them
 
     @classmethod
     def open(cls, home: Home, *, labels: Sequence[int], split: str | None) -> TrainingData:
@@ -54,6 +55,8 @@ class TrainingData:
         Raises:
             StateError: nothing was ingested, or the cache is shorter than the catalog says.
         """
+        require_catalog(home.catalog)
+        reading = Reading(home.cache_lock)
         slots, images = read_images(home.catalog, split=split)
         declared = set(labels)
         rows = [(image, found) for image in images if (found := [i for i in image.labels if i in declared])]
@@ -69,6 +72,7 @@ class TrainingData:
             patients_known=patients_known(home.catalog),
             _slots=_ints(image.slot for image, _ in rows),
             _shards=tuple(map_shards(home.cache, slots=slots)),
+            _reading=reading,
         )
 
     def __len__(self) -> int:

@@ -52,6 +52,11 @@ class Home:
         return self.root / "vault" / "cache"
 
     @property
+    def cache_lock(self) -> Path:
+        """Shared by whoever reads the cache; nothing is erased there meanwhile."""
+        return self.root / "vault" / "cache.lock"
+
+    @property
     def jobs(self) -> Path:
         """Per request: the trainer's checkpoints and its finished, stored updates."""
         return self.root / "vault" / "jobs"

@@ -82,6 +82,7 @@ def _catalog(path: Path) -> dict[str, int | str | None]:
         "patients": "SELECT count(DISTINCT patient) FROM images",
         "files_refused": "SELECT count(*) FROM files WHERE reason NOT NULL",
         "images_gone": f"SELECT count(*) FROM {_GONE}",
+        "images_to_erase": "SELECT count(*) FROM erased",
         "patients_gone": f"SELECT count(DISTINCT patient) FROM {_GONE}",
     }
     warning: dict[str, str] = {}

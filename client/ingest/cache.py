@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -79,10 +82,13 @@ class Cache:
         return first
 
     def erase(self, slots: Sequence[int]) -> None:
-        """Overwrite slots with zeros: the images that were there are gone at once."""
-        for slot in slots:
-            shard, at = divmod(slot, SHARD_IMAGES)
-            self._write(shard, at, [bytes(IMAGE_BYTES)])
+        """Overwrite slots with zeros: the images that were there are gone at once, also for who has mapped them."""
+        black = bytes(IMAGE_BYTES)
+        for shard, group in itertools.groupby(sorted(slots), key=lambda slot: slot // SHARD_IMAGES):
+            with shard_path(self._directory, shard).open("r+b") as file:
+                for slot in group:
+                    os.pwrite(file.fileno(), black, slot % SHARD_IMAGES * IMAGE_BYTES)
+                os.fsync(file.fileno())
 
     def _write(self, shard: int, slot: int, images: Sequence[bytes]) -> None:
         path = shard_path(self._directory, shard)
@@ -116,6 +122,36 @@ class Cache:
                 )
             if have > want:
                 os.truncate(path, want)
+
+
+class Reading:
+    """Keeps removed images in the cache as long as this object lives: whoever maps shards holds one, from before the
+    catalog is read, so that no image turns black under its labels. Ingest erases when nobody holds one."""
+
+    def __init__(self, path: Path) -> None:
+        """Hold the lock at `path`, with others; waits for an erasing that is under way, a second at most."""
+        self._fd = -1
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+@contextlib.contextmanager
+def unread(path: Path) -> Iterator[bool]:
+    """Whether nobody holds a `Reading` of `path`; while that is so, nobody begins one."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(fd)
 
 
 def shard_bytes(slots: int, shard: int) -> int:

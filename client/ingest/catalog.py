@@ -212,9 +212,9 @@ class Catalog:
     def _label(self, image: int, labels: Sequence[int]) -> None:
         self._db.executemany("INSERT INTO image_labels VALUES (?, ?)", [(image, label) for label in labels])
 
-    def erased(self) -> list[int]:
-        """Slots whose images were removed and whose pixels may still be there."""
-        return [row[0] for row in self._db.execute("SELECT slot FROM erased ORDER BY slot")]
+    def erased(self, limit: int = -1) -> list[int]:
+        """Slots whose images were removed and whose pixels may still be there; -1 for all of them."""
+        return [row[0] for row in self._db.execute("SELECT slot FROM erased ORDER BY slot LIMIT ?", (limit,))]
 
     def clear_erased(self, slots: Sequence[int]) -> None:
         """The pixels of these slots are zeros now."""
@@ -294,6 +294,12 @@ class CatalogImage:
         return divmod(self.slot, SHARD_IMAGES)
 
 
+def require_catalog(path: Path) -> None:
+    """Raise StateError where nothing was ingested."""
+    if not path.exists():
+        raise StateError(f"{path.name} is missing", step="run `rin-client ingest` first")
+
+
 def read_images(path: Path, *, split: str | None = None) -> tuple[int, Iterator[CatalogImage]]:
     """The committed slots and the images in canonical order: by pseudonyms, so that it does not depend on the order
     in which files were found or decoded.
@@ -301,8 +307,7 @@ def read_images(path: Path, *, split: str | None = None) -> tuple[int, Iterator[
     Raises:
         StateError: there is no catalog.
     """
-    if not path.exists():
-        raise StateError(f"{path.name} is missing", step="run `rin-client ingest` first")
+    require_catalog(path)
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     try:
         slots = db.execute("SELECT value FROM meta WHERE key = 'slots'").fetchone()
@@ -328,8 +333,7 @@ def patients_known(path: Path) -> bool:
     Raises:
         StateError: there is no catalog.
     """
-    if not path.exists():
-        raise StateError(f"{path.name} is missing", step="run `rin-client ingest` first")
+    require_catalog(path)
     with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
         row = db.execute("SELECT value FROM meta WHERE key = 'patients'").fetchone()
     return row is None or row[0] != PATIENTS_UNKNOWN

@@ -55,6 +55,7 @@ class IngestReport:
         facts: counts of the layout's own, see `FACTS`.
         gone: images of the catalog whose file is no longer below the roots.
         pruned: images that this run removed for that reason.
+        to_erase: removed images whose pixels are in the cache until nobody trains on it.
         empty_roots: roots without a single file.
     """
 
@@ -71,6 +72,7 @@ class IngestReport:
     facts: dict[str, int] = field(default_factory=dict)
     gone: GoneCount = field(default_factory=GoneCount)
     pruned: int = 0
+    to_erase: int = 0
     empty_roots: int = 0
 
     @property

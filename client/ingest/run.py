@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from rin.client.home import Home
-from rin.client.ingest.cache import Cache
+from rin.client.ingest.cache import Cache, unread
 from rin.client.ingest.catalog import Catalog, ImageRow, Known
 from rin.client.ingest.pseudonyms import Pseudonyms
 from rin.client.ingest.reasons import Refused
@@ -24,6 +24,7 @@ from rin.common.labels import label_set
 _LOG = logging.getLogger(__name__)
 COMMIT_IMAGES: Final = 256
 _COMMIT_FILES: Final = 4096
+_ERASED: Final = 2048  # images overwritten at once; a reader waits for them
 _SCANNED: Final = 65536  # files marked in one transaction
 _AHEAD_FRAMES: Final = 4096  # frames under way: 256 MiB of finished pictures
 
@@ -215,6 +216,7 @@ class Run:
             facts=self.source.facts(self),
             gone=self.catalog.gone.count(self.number, self.digest, patients_known=self.source.patients_known),
             pruned=self.pruned,
+            to_erase=len(self.catalog.erased()),
             empty_roots=len(self.empty),
         )
 
@@ -310,8 +312,12 @@ class Run:
             self.commit()
 
     def _erase(self) -> None:
-        if slots := self.catalog.erased():
-            self.cache.erase(slots)
+        """Overwrite removed images, but under nobody who reads the cache: then a later commit, or run, does it."""
+        while slots := self.catalog.erased(_ERASED):
+            with unread(self.home.cache_lock) as free:
+                if not free:
+                    return
+                self.cache.erase(slots)
             self.catalog.clear_erased(slots)
             self.catalog.commit()
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from rin.client.data import TrainingData
 from rin.client.home import Home
-from rin.client.ingest.cache import IMAGE_BYTES, Cache
+from rin.client.ingest.cache import IMAGE_BYTES, Cache, unread
 from rin.client.ingest.catalog import Catalog, ImageRow
-from rin.common.errors import StateError
+from rin.client.ingest.pipeline import ingest
+from rin.client.status import status
+from rin.client.trainer import Trainer
+from rin.common.errors import RefusedError, StateError
+from tests.client.ingest.conftest import dicom_file as dicom_file  # a fixture of the folder beside
+
+if TYPE_CHECKING:
+    from tests.client.conftest import SmallSite
 
 # (patient, instance, split, labels); the pixels of image i are all i.
 IMAGES = [
@@ -90,3 +101,45 @@ def test_empty_splits_and_missing_homes(home: Home, tmp_path: Path) -> None:
 def test_reading_needs_no_torch() -> None:
     code = "import sys, rin.client.data; sys.exit('torch' in sys.modules or 'pydicom' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_image_turns_black_while_it_is_read(dicom_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Ingest removes images beside a reader; their pixels go when the reader does."""
+    home, pixels = Home(tmp_path / "site"), np.random.default_rng(3).integers(0, 900, (4, 16, 16)).astype(np.int16)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("path,label\n" + "".join(f"{name},MR_brain_edema\n" for name in ("a.dcm", "b.dcm", "c.dcm")))
+    for name, each in zip(("a.dcm", "b.dcm", "c.dcm"), pixels, strict=False):
+        dicom_file(each, name=name)
+    site = functools.partial(ingest, home, site="S", roots=[tmp_path / "archive"], labels=labels, workers=1)
+    assert site().to_erase == 0
+    data = TrainingData.open(home, labels=range(165), split=None)
+    before = data.images(range(3))
+    dicom_file(pixels[3], name="a.dcm", SOPInstanceUID="1.2.826.0.1.3680043.8.498.3.1")
+    (tmp_path / "archive" / "b.dcm").unlink()
+    report = site(prune=True)
+    assert (report.to_erase, report.pruned, report.decoded) == (2, 1, 1)
+    np.testing.assert_array_equal(data.images(range(3)), before)
+    assert before.any(axis=(1, 2)).all()
+    assert status(home)["catalog"]["images_to_erase"] == 2
+    newer = TrainingData.open(home, labels=range(165), split=None)
+    assert newer.images(range(newer.n_images)).any(axis=(1, 2)).tolist() == [True, True]
+    del data, newer
+    assert site().to_erase == 0
+    slots = np.frombuffer(home.cache.joinpath("shard-00000.u8").read_bytes(), np.uint8).reshape(4, -1)
+    assert sorted(slots.any(axis=1).tolist()) == [False, False, True, True]
+
+
+def test_a_round_that_is_cancelled_reads_no_longer(small_site: Callable[..., SmallSite]) -> None:
+    site = small_site()
+    steps: list[bool] = []
+    trainer = Trainer(site.home)
+
+    def step(_: object) -> None:
+        with unread(site.home.cache_lock) as free:
+            steps.append(free)
+
+    with contextlib.suppress(RefusedError):
+        trainer.train(site.request(), site.plan_bytes, step, lambda: "cancelled" if steps else "")
+    assert steps == [False]
+    with unread(site.home.cache_lock) as free:
+        assert free
