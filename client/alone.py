@@ -6,6 +6,7 @@ global weights plus the update, in float32. The coordinator's optimizer (`strate
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rin.client.data import TrainingData
+from rin.client.folder import LOCK, Folder
 from rin.client.home import Home
 from rin.client.norms import LocalNorms
+from rin.client.parallel import SNAPSHOT
 from rin.client.site import Site, read_site
-from rin.client.training import images_of, limit_memory, local_steps
-from rin.common.errors import ConfigError, RefusedError, StateError
+from rin.client.training import images_of, limit_memory, local_steps, room
+from rin.common.errors import ConfigError, RefusedError
 from rin.common.files import lock, read_json, write_atomic, write_json
+from rin.common.labels import label_set
 from rin.common.plan import Plan, parse_plan, plan_digest
 
 if TYPE_CHECKING:
@@ -34,37 +38,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 DIGITS: Final = 6  # of a figure
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 Figures = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """What `train` writes: `plan.toml`, `train.json`, `checkpoints/`, `figures.jsonl`, and `work/` while it trains."""
-
-    root: Path
-
-    @property
-    def facts(self) -> Path:
-        """Which training this is: digests of the plan and of the first weights, site, declared rows."""
-        return self.root / "train.json"
-
-    @property
-    def figures(self) -> Path:
-        """One JSON line a round."""
-        return self.root / "figures.jsonl"
-
-    @property
-    def work(self) -> Path:
-        return self.root / "work"
-
-    def checkpoint(self, round: int) -> Path:
-        """The weights after `round`; 0 is the start."""
-        return self.root / "checkpoints" / f"round-{round:04d}.safetensors"
-
-    def last(self) -> int:
-        """The newest round that is finished."""
-        found = self.root.glob("checkpoints/round-*.safetensors")
-        return max((int(path.stem.removeprefix("round-")) for path in found), default=0)
 
 
 def train(
@@ -93,18 +68,26 @@ def train(
 
     Raises:
         ConfigError: plan, site.toml or weights do not fit each other.
-        StateError: `out` holds another training, or another process trains in it; nothing was ingested.
+        StateError: `out` holds another training, a damaged one or anything else, or another process trains in it;
+            nothing was ingested.
         RefusedError: no-data, not-finite, memory, device, disk-full, or what `cancelled` gives.
     """
-    plan, site = parse_plan(data), read_site(home)
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with lock(out / "train.lock", holder="rin-client train"):
-        images = images_of(home, site)
-        if images.n_images == 0:
-            raise RefusedError("no-data", step="ingest, or declare labels that the catalog holds")
-        alone = _Alone(home, Folder(out), plan, plan_digest(data), site, images, progress, cancelled)
-        alone.begin(data, weights, normalisation)
-        return alone.main(on_round)
+    plan, site, folder = parse_plan(data), read_site(home), Folder(out)
+    if normalisation is not None and weights is None:
+        raise ConfigError("--normalisation is about the file of --weights", step="name that file too, or leave it out")
+    folder.take()
+    try:
+        with lock(out / LOCK, holder="rin-client train", shown=False):
+            images = images_of(home, site)
+            if images.n_images == 0:
+                raise RefusedError("no-data", step="ingest, or declare labels that the catalog holds")
+            alone = _Alone(home, folder, plan, plan_digest(data), site, images, progress, cancelled)
+            alone.begin(data, weights, normalisation)
+            return alone.main(on_round)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RefusedError("disk-full", step="free some space; the same command goes on") from None
 
 
 @dataclass(slots=True)
@@ -122,21 +105,23 @@ class _Alone:
 
     def begin(self, data: bytes, path: Path | None, normalisation: str | None) -> None:
         """See that the folder is this training's; make it, with the first weights, where it is new."""
-        wanted = {"plan": self.digest, "site": self.site.site, "labels": list(self.site.labels.rows())}
+        labels = self.site.labels
+        wanted: dict[str, Any] = {
+            "plan": self.digest,
+            "site": self.site.site,
+            "labels": list(labels.rows()),
+            "exhaustive": list(labels.exhaustive_rows()),
+            "hold-out": self.site.archive.hold_out,
+        }
         new = not self.folder.facts.exists()
         if new or path is not None:
             network = _first(self.plan, path, normalisation)
             wanted["weights"] = _digest(network)
             if new:
-                self._make(network, data, wanted)
-        found = read_json(self.folder.facts)
-        if different := [key for key, value in wanted.items() if found.get(key) != value]:
-            raise StateError(
-                f"{self.folder.root} holds a training of another {' and '.join(different)}",
-                step="choose another --out, or go back to what it was begun with",
-            )
+                self._make(network, data, wanted, start=wanted["weights"] if path else "")
+        self.folder.agree(wanted)
 
-    def _make(self, network: Network, data: bytes, wanted: dict[str, Any]) -> None:
+    def _make(self, network: Network, data: bytes, wanted: dict[str, Any], *, start: str) -> None:
         """Write the start; the file that says what the folder is comes last."""
         from rin.common.weights import layout_of, save
 
@@ -146,7 +131,7 @@ class _Alone:
                 step="pass --weights with the file that the plan was made with",
             )
         write_atomic(self.folder.root / "plan.toml", data)
-        facts = self._facts(0) | {"weights": wanted["weights"]}
+        facts = self._facts(0, start) | {"weights": wanted["weights"]}
         save(self.folder.checkpoint(0), network, layout_of(network), facts=facts)
         write_json(self.folder.facts, wanted)
 
@@ -159,6 +144,7 @@ class _Alone:
         network = backbones.build(self.plan.model)
         layout = layout_of(network)
         last = self.folder.last()
+        self.folder.verify(last, self.digest, repeatable=not self.plan.model.local_norms)
         if last:
             self._figures(network, layout, last, on_round)
         for round in range(last + 1, self.plan.training.rounds + 1):
@@ -172,8 +158,7 @@ class _Alone:
 
         from rin.common import weights
 
-        if shutil.disk_usage(self.folder.root).free < 4 * layout.file_bytes + self.site.device.disk_reserve_gib * 2**30:
-            raise RefusedError("disk-full", "less than device.disk-reserve-gib would be left", step="free some space")
+        self._see_room(layout)
         weights.read_into(network, self.folder.checkpoint(round - 1), layout)
         base = _copies(network, layout)
         norms = self._norms()
@@ -201,14 +186,28 @@ class _Alone:
         sha = hashlib.sha256()
         for values in after:
             sha.update(values.data)
-        facts = self._facts(round) | {"weights": sha.hexdigest()}
+        start = str(weights.read_facts(self.folder.checkpoint(0)).get("start", ""))
+        facts = self._facts(round, start) | {"weights": sha.hexdigest()}
         weights.write_tensors(self.folder.checkpoint(round), layout, after, facts=facts)
-        self._tidy(round)
+        self.folder.tidy(self.plan.retention.checkpoints)
+
+    def _see_room(self, layout: Layout) -> None:
+        """Refuse a round that would not find its place on the disk.
+
+        Raises:
+            RefusedError: disk-full.
+        """
+        there = self.folder.work / SNAPSHOT  # of a round that was cut short
+        needed = room(self.plan, self.site, layout) + layout.file_bytes  # and the checkpoint
+        needed -= there.stat().st_size if there.exists() else 0
+        left = shutil.disk_usage(self.folder.root).free - needed
+        if left < self.site.device.disk_reserve_gib * 2**30:
+            raise RefusedError("disk-full", "less than device.disk-reserve-gib would be left", step="free some space")
 
     def _figures(self, network: Network, layout: Layout, round: int, on_round: Callable[[Figures], None]) -> None:
         """Write the line of a finished round, unless it is there."""
-        lines = self.folder.figures.read_text().splitlines() if self.folder.figures.exists() else []
-        if any(json.loads(line)["round"] == round for line in lines):
+        lines = self.folder.lines()
+        if round in lines:
             return
         from rin.common import weights
 
@@ -216,11 +215,14 @@ class _Alone:
         norms = self._norms()
         if norms is not None:
             norms.bring(network, round + 1)
-        figures: Figures = {"round": round, "training": read_json(self.folder.work / "trained.json")}
-        figures["training"].pop("round")
+        figures: Figures = {"round": round}
+        trained = read_json(self.folder.work / "trained.json")
+        if trained.pop("round") == round:
+            figures["training"] = trained
         if validation := self._validation(network):
             figures["validation"] = validation
-        text = "".join(f"{line}\n" for line in [*lines, json.dumps(figures, sort_keys=True, allow_nan=False)])
+        new = json.dumps(figures, sort_keys=True, allow_nan=False)
+        text = "".join(f"{line}\n" for line in [*lines.values(), new])
         write_atomic(self.folder.figures, text.encode())
         on_round(figures)
 
@@ -250,20 +252,13 @@ class _Alone:
     def _norms(self) -> LocalNorms | None:
         return LocalNorms(self.folder.work / "norms") if self.plan.model.local_norms else None
 
-    def _facts(self, round: int) -> dict[str, Any]:
+    def _facts(self, round: int, start: str) -> dict[str, Any]:
+        """Of the checkpoint after `round`; `start` is the digest of the weights that were given, if any were."""
         from rin.common import checkpoint
 
         facts = checkpoint.facts_of(self.plan, plan_digest=self.digest, round=round, updates={})
-        return facts | {"privacy": checkpoint.ALONE, "site": self.site.site}
-
-    def _tidy(self, newest: int) -> None:
-        """Delete what only the round's training needed, and checkpoints beyond `retention`, but never the start."""
-        for path in self.folder.work.iterdir():
-            if path.name not in ("trained.json", "norms"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in self.folder.root.glob("checkpoints/round-*.safetensors"):
-            if 0 < int(path.stem.removeprefix("round-")) < newest - self.plan.retention.checkpoints:
-                path.unlink()
+        names = [label_set()[row].name for row in self.site.labels.rows()] if round else []
+        return facts | {"privacy": checkpoint.ALONE, "site": self.site.site, "trained_labels": names, "start": start}
 
 
 def _first(plan: Plan, path: Path | None, normalisation: str | None) -> Network:

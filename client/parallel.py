@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SNAPSHOT: Final = "snapshot.safetensors"  # its name in the folder of a round
+# Pattern of all that a round leaves in its folder, in one process or in several.
+MADE: Final = r"(snapshot|start|local)\.safetensors|(job|result)\.json|ranks\.log|refused(\.\d+)?|torchrun"
 WORKER: Final = "rin.client.parallel"  # the module that every process runs
 LOOK_EVERY: Final = 0.2  # seconds between two questions whether the work is still wanted
 LAUNCHER: Final = "RIN_LAUNCHER"  # process id of torchrun, in its workers' environment

@@ -18,6 +18,7 @@ from rin.common.plan import Plan
 if TYPE_CHECKING:
     from rin.common.backbones import Network
     from rin.common.fit import FitResult
+    from rin.common.layout import Layout
 
 
 def images_of(home: Home, site: Site) -> TrainingData:
@@ -27,6 +28,17 @@ def images_of(home: Home, site: Site) -> TrainingData:
         StateError: nothing was ingested, or the cache is shorter than the catalog says.
     """
     return TrainingData.open(home, labels=site.labels.rows(), split="train" if site.archive.hold_out else None)
+
+
+def room(plan: Plan, site: Site, layout: Layout) -> int:
+    """Bytes that a round writes into its folder, at the most: a snapshot is replaced by a whole one beside it.
+
+    It is the weights, what the optimizer keeps of each, and their mean where the plan takes one.
+    """
+    training = plan.training
+    kept = {"adamw": 2, "sgd": 1}[training.optimizer] + bool(training.ema)
+    between = 2 if site.device.processes > 1 else 0  # where several processes start, and what they end with
+    return (2 * (1 + kept) + between) * layout.file_bytes
 
 
 def local_steps(

@@ -26,6 +26,20 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_dir(path: Path, *, private: bool = False) -> None:
+    """Make directory `path` and its parents where they are missing; a private one is for its owner alone (0700).
+
+    Raises:
+        StateError: it cannot be there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if private:
+            path.chmod(0o700)
+    except OSError as error:
+        raise StateError(f"{path} cannot be made: {error.strerror}", step="choose another place for it") from None
+
+
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace `path` by `data` so that a reader sees the old bytes or the new ones, never a mixture."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +82,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise StateError(f"{path} is missing", step="check --home or --run, or run the set-up command again") from None
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror}", step="name a file, and one to be read") from None
     except ValueError:
         raise StateError(f"{path} is not valid JSON", step="restore it from a backup; rin writes it whole") from None
 
@@ -101,10 +117,14 @@ def sha256_file(path: Path, *, offset: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, holder: str, wait: bool = False) -> Iterator[None]:
+def lock(path: Path, *, holder: str, wait: bool = False, shown: bool = True) -> Iterator[None]:
     """Hold an exclusive advisory lock on `path`; the kernel drops it when the process dies.
 
     With `wait` it queues behind the holder, for edits that take milliseconds.
+
+    Args:
+        holder: the command, for whoever comes second.
+        shown: whether the status of that program shows the holder.
 
     Raises:
         StateError: another process holds it.
@@ -114,8 +134,6 @@ def lock(path: Path, *, holder: str, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
-            raise StateError(
-                f"another {holder} already works in {path.parent}",
-                step=f"stop it first, or look at it with `{holder} status`",
-            ) from None
+            look = f", or look at it with `{holder.partition(' ')[0]} status`" if shown else ""
+            raise StateError(f"another {holder} already works in {path.parent}", step=f"stop it first{look}") from None
         yield

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from rin.common import formats, snapshots
 from rin.common.backbones import BACKBONES
 from rin.common.checkpoint import ALONE
 from rin.common.errors import ConfigError, RefusedError, StateError
+from rin.common.files import write_atomic, write_json
 from rin.common.labels import label_set
 from rin.common.layout import file_digest
 from rin.common.weights import read_facts
@@ -168,6 +172,180 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
         alone.train(home, data, tmp_path / "other")
     assert caught.value.code == "no-data"
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mode, path.read_bytes() if path.is_file() else b"")
+        for path in [folder, *sorted(folder.rglob("*"))]
+    }
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["notes.txt"],
+        ["plan.toml"],
+        ["work/thesis.tex", "train.lock"],
+        ["checkpoints/round-0007.safetensors", "train.lock"],
+        ["train.json"],
+        ["plan.toml", "run.json", "members.json"],
+    ],
+)
+def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path: Path, names: list[str]) -> None:
+    data, out = plan(), tmp_path / "out"
+    home = home_of(tmp_path, data)
+    for name in names:
+        write_atomic(out / name, b"" if name.endswith("lock") else b"{}")
+    out.chmod(0o755)
+    before = everything(out)
+    with pytest.raises(StateError) as caught:
+        alone.train(home, data, out)
+    assert caught.value.step
+    assert everything(out) == before
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_directory_is_refused_even_with_a_training_in_it(tmp_path: Path) -> None:
+    data, out = plan(), tmp_path / "out"
+    home = home_of(tmp_path, data)
+    alone.train(home, data, out)
+    write_json(out / "members.json", {})
+    before = everything(out)
+    with pytest.raises(StateError, match="run directory of a coordinator"):
+        alone.train(home, data, out)
+    assert everything(out) == before
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_first_start_that_was_cut_short_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = plan(), tmp_path / "out"
+    home = home_of(tmp_path, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(alone, "write_json", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            alone.train(home, data, out)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "plan.toml", "train.lock"]
+    (out / ".train.json.abc_1234.part").touch()
+    (out / "checkpoints" / ".round-0000.safetensors.abc_1234.part").touch()
+    assert alone.train(home, data, out).exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_folder_is_its_owners_and_nothing_goes_that_training_has_not_made(tmp_path: Path) -> None:
+    data, out = plan(training={"rounds": 1}), tmp_path / "out"
+    home = home_of(tmp_path, data)
+    out.mkdir(mode=0o755)
+    for name in ("work/notes.txt", "work/torchrun.bak/log", "checkpoints/round-final.safetensors", "mine"):
+        with pytest.raises(ZeroDivisionError):
+            alone.train(home, data, out, progress=lambda done, total: 1 / 0)
+        write_atomic(out / name, b"mine")
+    assert out.stat().st_mode & 0o777 == 0o700
+    (out / "checkpoints" / ".round-0001.safetensors.abc_1234.part").touch()
+    alone.train(home, data, out)
+    assert {path.name for path in (out / "work").iterdir()} == {"trained.json", "notes.txt", "torchrun.bak"}
+    kept = {path.name for path in (out / "checkpoints").iterdir()}
+    assert kept == {"round-0000.safetensors", "round-0001.safetensors", "round-final.safetensors"}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_damaged_is_not_gone_on_from(tmp_path: Path) -> None:
+    data, out = plan(), tmp_path / "out"
+    home = home_of(tmp_path, data)
+    last = alone.train(home, data, out)
+    before = everything(out)
+    flipped = last.read_bytes()[:-1] + bytes([last.read_bytes()[-1] ^ 1])
+    torn = {
+        last: [last.read_bytes()[:-3], b"", flipped],
+        out / "figures.jsonl": [(out / "figures.jsonl").read_bytes()[:-9], b"[]\n", b"\xff"],
+        out / "train.json": [b"{", b"[]", b"{}"],
+    }
+    for path, contents in torn.items():
+        whole = path.read_bytes()
+        for content in contents:
+            path.write_bytes(content)
+            with pytest.raises(StateError) as caught:
+                alone.train(home, data, out)
+            assert path.name in str(caught.value)
+            assert caught.value.step
+        path.write_bytes(whole)
+    last.unlink()  # as the error says
+    assert alone.train(home, data, out) == last
+    assert everything(out) == before
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_the_labels_mean_and_what_is_held_out_stay(tmp_path: Path) -> None:
+    data, out = plan(), tmp_path / "out"
+    home = home_of(tmp_path, data)
+    alone.train(home, data, out)
+    text = home.site_toml.read_text()
+    name = label_set()[ROWS[0]].name
+    home.site_toml.write_text(text.replace("[labels]\n", f'[labels]\nexhaustive = ["{name}"]\n'))
+    with pytest.raises(StateError, match="of another exhaustive"):
+        alone.train(home, data, out)
+    home.site_toml.write_text(text + "[archive]\nhold-out = false\n")
+    with pytest.raises(StateError, match="of another hold-out"):
+        alone.train(home, data, out)
+    home.site_toml.write_text(text)
+    alone.train(home, data, out)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_round_finds_room_for_all_that_it_writes_or_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = plan(training={"rounds": 1, "optimizer": "adamw", "ema": 0.5})
+    home, sizes, out = home_of(tmp_path, data), list[int](), tmp_path / "out"
+    monkeypatch.setattr(snapshots, "EVERY", 0.0)
+    real = shutil.disk_usage(tmp_path)
+
+    def look(done: int, total: int) -> None:
+        sizes.append(2 * (out / "work" / "snapshot.safetensors").stat().st_size)
+
+    def disk(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=free))
+
+    last = alone.train(home, data, out, progress=look)
+    header = 4000  # names in a snapshot; nothing beside the weights of a real network
+    needed = max(sizes) - 2 * header + last.stat().st_size
+    disk(needed - 1)
+    with pytest.raises(RefusedError) as caught:
+        alone.train(home, data, tmp_path / "other")
+    assert caught.value.code == "disk-full"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_disk_that_fills_up_in_a_round_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = plan()
+    home = home_of(tmp_path, data)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise full
+
+    monkeypatch.setattr(alone, "write_json", fail)
+    with pytest.raises(RefusedError) as caught:
+        alone.train(home, data, tmp_path / "out")
+    assert caught.value.code == "disk-full"
+    assert "goes on" in caught.value.step
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_checkpoint_says_which_labels_it_was_trained_on_and_from_what(tmp_path: Path) -> None:
+    data = plan(training={"rounds": 1})
+    home = home_of(tmp_path, data)
+    first = alone.train(home, data, tmp_path / "first")
+    names = [label_set()[row].name for row in ROWS]
+    facts = read_facts(first)
+    assert (facts["trained_labels"], facts["start"]) == (names, "")
+    start = tmp_path / "first" / "checkpoints" / "round-0000.safetensors"
+    assert read_facts(start)["trained_labels"] == []
+    second = alone.train(home, data, tmp_path / "second", weights=first)
+    assert read_facts(second)["start"] == file_digest(first)
+    with pytest.raises(ConfigError, match="about the file of --weights"):
+        alone.train(home, data, tmp_path / "third", normalisation="imagenet")
 
 
 def test_the_command_can_be_stopped_and_goes_on(tmp_path: Path) -> None:
