@@ -24,7 +24,7 @@ from rin.client.ingest.pixels import Layout
 from rin.client.ingest.pseudonyms import split_of
 from rin.client.ingest.reasons import Refused
 from rin.client.ingest.workers import Job, Outcome
-from rin.common.errors import ConfigError
+from rin.common.errors import ConfigError, StateError
 from rin.common.files import sha256_file
 from rin.common.labels import label_index, label_set, label_set_digest
 
@@ -35,6 +35,12 @@ FOLDER: Final = "radiology_ai"  # what the archive unpacks to, and the first par
 # Names of the label set that end where the longer one had a hyphen, e.g. `intra` of `intra-articular`.
 TRUNCATED: Final = frozenset({"intra", "extra"})
 _SPLIT: Final = re.compile(r"(?:^|[_-])(train|val|test)$")
+_HASH: Final = "hash"  # the split where no lists are given
+_NO_LIST: Final = "none"
+SPLIT_WARNING: Final = (
+    "these lists are others than those that this catalog was split by: images may change sides, so held-out figures of"
+    " every earlier training, and of one that goes on, are void"
+)
 _ROWS: Final = 65536  # list rows in one transaction
 _NAMES: Final = 1000  # distinct unknown names that are told; a hostile list may hold a million
 _SHOWN: Final = 80  # characters of one of them
@@ -113,18 +119,20 @@ class RadImageNet:
         """Check root and lists.
 
         Raises:
-            ConfigError: several roots, a root without modalities, or a list that cannot be used.
+            ConfigError: several roots, a root without modalities, or a list that is missing or cannot be used.
         """
         if len(roots) != 1:
             raise ConfigError("layout radimagenet has one root", step=f"pass --root .../{FOLDER}")
         self._base = roots[0] / FOLDER if (roots[0] / FOLDER).is_dir() else roots[0]
         if not any((self._base / name).is_dir() for name in ("CT", "MR", "US")):
             raise ConfigError(f"{roots[0]} holds none of CT, MR and US", step=f"pass --root .../{FOLDER}")
-        self._lists = [(path, _split_of(path)) for path in lists]
         for path in lists:
+            if not path.is_file():
+                raise ConfigError(f"{path} is missing or no file", step="check --csv")
             next(_rows(path), None)
-        digests = [f"{split} {sha256_file(path)}" for path, split in self._lists]
-        text = "\n".join(["radimagenet", label_set_digest(), *sorted(digests)])
+        self._lists = [(path, _split_of(path)) for path in lists]
+        self._digests = sorted(f"{split} {sha256_file(path)}" for path, split in self._lists)
+        text = "\n".join(["radimagenet", label_set_digest(), *self._digests])
         self.digest = hashlib.sha256(text.encode()).digest()[:16]
         self._of_folders: Counter[str] = Counter()
         self._of_lists: Counter[str] = Counter()
@@ -135,8 +143,13 @@ class RadImageNet:
         return self._of_folders + self._of_lists
 
     def start(self, run: Run) -> None:
-        """Bring the catalog's list in line with the files; unknown names are counted in every run, stored in none."""
-        state = hashlib.sha256(self.digest + run.names.path(self._base)).hexdigest() if self._lists else "none"
+        """Bring the catalog's list in line with the files; unknown names are counted in every run, stored in none.
+
+        Raises:
+            StateError: the split was that of lists, and none are given.
+        """
+        state = hashlib.sha256(self.digest + run.names.path(self._base)).hexdigest() if self._lists else _NO_LIST
+        self._pin_split(run, state)
         rows = self._list(run)
         if run.catalog.meta("list") == state:
             for _ in rows:
@@ -148,6 +161,25 @@ class RadImageNet:
             run.catalog.copies.add_to_list(part)
             run.catalog.commit()
         run.catalog.set_meta("list", state)
+
+    def _pin_split(self, run: Run, state: str) -> None:
+        """Where the split comes from is part of the catalog: another source makes test images training images.
+
+        Args:
+            state: what the catalog's list will be, see `start`.
+        """
+        source = run.names.of("lists", *(digest.encode() for digest in self._digests)).hex() if self._lists else _HASH
+        before, listed = run.catalog.meta("split"), run.catalog.meta("list")
+        if before is None and listed is not None:  # an earlier release wrote down the list only
+            before = _HASH if listed == _NO_LIST else source if listed == state else "other lists"
+        if before not in (None, source):
+            if not self._lists:
+                raise StateError(
+                    "the split of this catalog is that of lists; without them test images would be trained on",
+                    step="pass the lists again, --csv for each, or ingest into another --home",
+                )
+            run.warn(SPLIT_WARNING)
+        run.catalog.set_meta("split", source)
 
     def begin(self, run: Run, item: Item) -> Callable[[], None]:
         place = place_of(item.found.relative)

@@ -126,7 +126,7 @@ def test_no_image_turns_black_while_it_is_read(dicom_file: Callable[..., Path], 
     del data, newer
     assert site().to_erase == 0
     slots = np.frombuffer(home.cache.joinpath("shard-00000.u8").read_bytes(), np.uint8).reshape(4, -1)
-    assert sorted(slots.any(axis=1).tolist()) == [False, False, True, True]
+    assert int(slots.any(axis=1).sum()) == 2
 
 
 def test_a_round_that_is_cancelled_reads_no_longer(small_site: Callable[..., SmallSite]) -> None:

@@ -23,7 +23,7 @@ from rin.client.data import TrainingData
 from rin.client.home import Home
 from rin.client.ingest.cache import map_shards
 from rin.client.ingest.pipeline import IngestReport, explain, ingest
-from rin.client.ingest.radimagenet import label_of, listed_label_of, listed_path, place_of
+from rin.client.ingest.radimagenet import SPLIT_WARNING, label_of, listed_label_of, listed_path, place_of
 from rin.client.ingest.report import PATIENTS_WARNING
 from rin.client.site import read_site
 from rin.client.status import status
@@ -309,7 +309,7 @@ def test_wrong_arguments_touch_nothing(tree: Tree, home: Home, tmp_path: Path) -
         ([tree.root], {"csv": [odd]}, "columns are path;label"),
         ([tree.root], {"csv": [binary]}, "not UTF-8"),
         ([tree.root], {"csv": [unnamed]}, "which split"),
-        ([tree.root], {"csv": [tmp_path / "no_train.csv"]}, "cannot be read"),
+        ([tree.root], {"csv": [tmp_path / "nowhere.csv"]}, "is missing"),
         ([tree.root], {"labels": train}, "labels from folders"),
     ]
     for roots, options, words in cases:
@@ -361,3 +361,45 @@ def test_the_command_says_it_loudly(tree: Tree, tmp_path: Path) -> None:
     ).stdout
     assert PATIENTS_WARNING in said
     assert next(iter(CLASSES)) not in said
+
+
+# the split's source is pinned
+
+
+def test_without_the_lists_again_no_test_image_becomes_a_training_image(tree: Tree, home: Home) -> None:
+    tree.rows = [(name, label, "test") for name, label, _ in tree.rows]
+    told: list[str] = []
+    run(home, tree.root, csv=tree.write_lists())
+    with pytest.raises(StateError, match="split of this catalog") as refused:
+        run(home, tree.root)
+    assert "--csv" in refused.value.step
+    assert rows(home, "SELECT DISTINCT split FROM images") == [("test",)]
+    run(home, tree.root, csv=tree.lists[::-1], warn=told.append)  # the same ones in another order
+    assert told == [PATIENTS_WARNING]
+    tree.rows = [(name, label, "val") for name, label, _ in tree.rows]
+    run(home, tree.root, csv=tree.write_lists(), warn=told.append)
+    assert told[1:] == [SPLIT_WARNING, PATIENTS_WARNING]
+    assert rows(home, "SELECT DISTINCT split FROM images") == [("val",)]
+
+
+def test_lists_after_none_are_a_loud_warning(tree: Tree, home: Home) -> None:
+    told: list[str] = []
+    run(home, tree.root)
+    run(home, tree.root, csv=tree.write_lists(), warn=told.append)
+    assert SPLIT_WARNING in told
+    with pytest.raises(StateError, match="split of this catalog"):
+        run(home, tree.root)
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_a_catalog_of_an_earlier_release_knows_its_split(tree: Tree, home: Home, lists: bool) -> None:
+    given, told = tree.write_lists() if lists else [], list[str]()
+    run(home, tree.root, csv=given)
+    with sqlite3.connect(home.catalog) as db:
+        db.execute("DELETE FROM meta WHERE key = 'split'")
+    db.close()
+    if lists:
+        with pytest.raises(StateError, match="split of this catalog"):
+            run(home, tree.root)
+    run(home, tree.root, csv=given, warn=told.append)
+    assert told == [PATIENTS_WARNING]
