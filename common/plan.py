@@ -213,6 +213,8 @@ class Plan(Table):
             faults.append("training.mixup: it mixes patients; say mixup = 0")
         if training.logit_adjustment:
             faults.append("training.logit-adjustment: it counts the site's labels; say logit-adjustment = 0")
+        if self.strategy.name == "fedprox":
+            faults.append("strategy.name: private steps have no proximal term; choose another strategy")
         if faults:
             raise ValueError("; ".join(faults))
 
