@@ -274,7 +274,7 @@ def test_a_plan_outside_the_sites_policy_is_refused_before_training(
         ({"training": {"mixup": 0.2}}, "mixup"),
         ({"training": {"sampling": "balanced"}}, "sampling"),
         ({"training": {"logit_adjustment": 1.0}}, "logit-adjustment"),
-        ({"strategy": {"name": "fedprox", "mu": 0.1}}, "fedprox"),
+        ({"strategy": {"name": "fedprox", "mu": 0.1}}, "proximal"),
     ],
 )
 def test_what_mixes_or_counts_patients_is_no_private_plan(table: dict[str, Any], word: str) -> None:
