@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rin.client.home import Home
+from rin.client.ingest.catalog import undamaged
 from rin.client.ingest.gone import NEXT
 from rin.client.ingest.report import PATIENTS_UNKNOWN, PATIENTS_WARNING
 from rin.common.errors import StateError
@@ -34,8 +35,10 @@ def status(home: Home) -> dict[str, Any]:
     if not _held(home.jobs / "trainer.lock"):
         trainer = {key: value for key, value in trainer.items() if key in ("round", "time", "code")}
         trainer["state"] = "stopped"
+    catalog = _catalog(home.catalog)
+    known = catalog.pop("site")  # of a home that never joined: the name that it was ingested under
     return {
-        "site": place.get("site"),
+        "site": place.get("site") or known,
         "agent": "running" if running else "stopped",
         "coordinator": {
             "address": place.get("address"),
@@ -46,7 +49,7 @@ def status(home: Home) -> dict[str, Any]:
         "trainer": trainer,
         "airlock": _airlock(home, agent),
         "budget": _facts(home.budget) or None,
-        "catalog": _catalog(home.catalog),
+        "catalog": catalog,
     }
 
 
@@ -76,8 +79,9 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _catalog(path: Path) -> dict[str, int | str | None]:
-    """Images, patients and files without an image; never a row. A warning with it where patients are unknown."""
+    """Site, images, patients and files without an image; never a row. With it what a person must know or do."""
     queries = {
+        "site": "SELECT (SELECT value FROM meta WHERE key = 'site')",
         "images": "SELECT count(*) FROM images",
         "patients": "SELECT count(DISTINCT patient) FROM images",
         "files_refused": "SELECT count(*) FROM files WHERE reason NOT NULL",
@@ -87,11 +91,14 @@ def _catalog(path: Path) -> dict[str, int | str | None]:
     }
     warning: dict[str, str] = {}
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+        uri = f"{path.resolve().as_uri()}?mode=ro"
+        with undamaged(path), contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
             if db.execute("SELECT 1 FROM meta WHERE key = 'patients' AND value = ?", (PATIENTS_UNKNOWN,)).fetchone():
                 warning = {"warning": PATIENTS_WARNING}
                 queries |= dict.fromkeys(("patients", "patients_gone"), f"SELECT '{PATIENTS_UNKNOWN}'")
             counts = {name: db.execute(query).fetchone()[0] for name, query in queries.items()}
             return counts | warning | ({"next": f"images without a file: {NEXT}"} if counts["images_gone"] else {})
+    except StateError as error:
+        return dict.fromkeys(queries) | {"fault": error.message, "next": error.step}
     except (sqlite3.Error, OSError):
         return dict.fromkeys(queries)

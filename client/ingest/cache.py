@@ -26,6 +26,12 @@ _VECTOR: Final = 512  # images in one call; Linux takes 1024 pieces
 _TAG: Final = b"Signature: 8a477f597d28d172789f06886806bc55\n# images of patients; backups should leave them out\n"
 
 
+MEND: Final = (
+    "restore catalog.sqlite and cache/ in the vault from one backup of the same moment; without one remove both"
+    " (catalog.sqlite* and cache/, never keys/) and run `rin-client ingest`, with the same key it gives the same split"
+)
+
+
 def shard_path(directory: Path, shard: int) -> Path:
     """`shard-00000.u8`: images of `IMAGE_BYTES` one after the other, nothing else."""
     return directory / f"shard-{shard:05d}.u8"
@@ -116,10 +122,7 @@ class Cache:
             path, want = shard_path(self._directory, shard), shard_bytes(self._slots, shard)
             have = path.stat().st_size if path.exists() else 0
             if have < want:
-                raise StateError(
-                    f"{path.name} holds less than the catalog says",
-                    step="restore the cache from the same moment as the catalog, or remove both and ingest again",
-                )
+                raise StateError(f"{path.name} holds less than the catalog says", step=MEND)
             if have > want:
                 os.truncate(path, want)
 
@@ -169,7 +172,7 @@ def map_shards(directory: Path, *, slots: int) -> list[NDArray[np.uint8]]:
     for shard in range((slots + SHARD_IMAGES - 1) // SHARD_IMAGES):
         path, size = shard_path(directory, shard), shard_bytes(slots, shard)
         if not path.exists() or path.stat().st_size < size:
-            raise StateError(f"{path.name} holds less than the catalog says", step="run `rin-client ingest` again")
+            raise StateError(f"{path.name} holds less than the catalog says", step=MEND)
         flat = np.memmap(path, np.uint8, mode="r", shape=(size // IMAGE_BYTES, SIDE, SIDE))
         shards.append(np.asarray(flat))  # a plain view: indexing a memmap costs 40 % more
     return shards

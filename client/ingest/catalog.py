@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from rin.client.ingest.cache import SHARD_IMAGES
+from rin.client.ingest.cache import MEND, SHARD_IMAGES
 from rin.client.ingest.copies import SCHEMA as COPIES
 from rin.client.ingest.copies import Copies
 from rin.client.ingest.gone import Gone
@@ -44,6 +44,21 @@ CREATE TABLE IF NOT EXISTS refusals (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS erased (slot INTEGER PRIMARY KEY);
 """
+
+
+@contextlib.contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Turn what SQLite says about a damaged catalog into an error with a next step.
+
+    Raises:
+        StateError: the file is no database, its pages contradict each other, or its tables are missing.
+    """
+    try:
+        yield
+    except sqlite3.DatabaseError as error:  # exactly that for a damaged file; its kinds are a full disk, a lock, ...
+        if type(error) is sqlite3.DatabaseError or str(error).startswith(("no such table", "no such column")):
+            raise StateError(f"{path.name} is damaged", step=MEND) from None
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +102,12 @@ class Catalog:
         """Open or make the catalog (0600, WAL, every commit durable).
 
         Raises:
-            StateError: it was made by another schema version.
+            StateError: it was made by another schema version, or is damaged.
         """
+        with undamaged(path):
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)
         self._db = sqlite3.connect(path, isolation_level=None)
@@ -305,11 +324,10 @@ def read_images(path: Path, *, split: str | None = None) -> tuple[int, Iterator[
     in which files were found or decoded.
 
     Raises:
-        StateError: there is no catalog.
+        StateError: there is no catalog, or it is damaged.
     """
     require_catalog(path)
-    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-    try:
+    with undamaged(path), contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
         slots = db.execute("SELECT value FROM meta WHERE key = 'slots'").fetchone()
         rows = db.execute(
             "SELECT i.patient, i.modality, i.anatomy, i.slot, group_concat(l.label)"
@@ -317,8 +335,6 @@ def read_images(path: Path, *, split: str | None = None) -> tuple[int, Iterator[
             " GROUP BY i.id ORDER BY i.patient, i.instance, i.frame",
             (split,),
         ).fetchall()
-    finally:
-        db.close()
     images = (
         CatalogImage(patient, modality, anatomy, slot, tuple(sorted(map(int, labels.split(",")))) if labels else ())
         for patient, modality, anatomy, slot, labels in rows
@@ -331,9 +347,9 @@ def patients_known(path: Path) -> bool:
     stands for one of its own.
 
     Raises:
-        StateError: there is no catalog.
+        StateError: there is no catalog, or it is damaged.
     """
     require_catalog(path)
-    with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+    with undamaged(path), contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
         row = db.execute("SELECT value FROM meta WHERE key = 'patients'").fetchone()
     return row is None or row[0] != PATIENTS_UNKNOWN

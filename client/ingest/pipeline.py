@@ -11,7 +11,7 @@ from typing import Final
 
 from rin.client.home import Home
 from rin.client.ingest.cache import Cache
-from rin.client.ingest.catalog import Catalog
+from rin.client.ingest.catalog import Catalog, undamaged
 from rin.client.ingest.explain import explain
 from rin.client.ingest.instances import Instances
 from rin.client.ingest.labelling import Labelling
@@ -61,7 +61,8 @@ def ingest(
 
     Raises:
         ConfigError: site name, roots, layout, labels, mapping or csv are wrong.
-        StateError: the home belongs to another site, key or layout, or is in use; or it cannot be told what is gone.
+        StateError: the home belongs to another site, key or layout, is damaged or in use; or it cannot be told what is
+            gone.
         RinError: `disk-full`.
     """
     start = time.monotonic()
@@ -70,7 +71,7 @@ def ingest(
     checked = check_roots(roots)
     source = _source(layout, checked, labels, mapping, csv)
     home.catalog.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with lock(home.catalog.with_name("ingest.lock"), holder="rin-client ingest"):
+    with lock(home.catalog.with_name("ingest.lock"), holder="rin-client ingest"), undamaged(home.catalog):
         names = site_pseudonyms(home.pseudonym_key, create=not home.catalog.exists())
         catalog = Catalog(home.catalog)
         pool = Pool(workers=workers, timeout_s=timeout_s)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rin.client.home import Home
+from rin.client.ingest.catalog import Catalog
 from rin.client.status import status
 from rin.common.errors import StateError
 from rin.common.files import write_json
@@ -40,6 +41,26 @@ def test_counts_and_the_last_round_of_a_stopped_site(small_site: Callable[..., S
     assert facts["catalog"] == counts | dict.fromkeys(("images_gone", "patients_gone", "images_to_erase"), 0)
     assert facts["trainer"] == {"state": "stopped", "round": 3, "time": "t"}
     json.dumps(facts)
+
+
+def test_the_catalog_knows_the_site_of_a_home_that_never_joined(small_site: Callable[..., SmallSite]) -> None:
+    home = small_site(patients=1).home
+    assert status(home)["site"] is None
+    catalog = Catalog(home.catalog)
+    catalog.set_meta("site", "siteA")
+    catalog.commit()
+    catalog.close()
+    assert status(home)["site"] == "siteA"
+    write_json(home.net / "coordinator.json", {"site": "joined"})
+    assert status(home)["site"] == "joined"
+
+
+def test_a_damaged_catalog_is_said_with_what_helps(small_site: Callable[..., SmallSite]) -> None:
+    home = small_site(patients=1).home
+    home.catalog.write_bytes(b"no database at all" * 300)
+    facts = status(home)["catalog"]
+    assert (facts["images"], facts["fault"]) == (None, "catalog.sqlite is damaged")
+    assert "restore" in facts["next"]
 
 
 @pytest.mark.parametrize(("halves", "word"), [((True, True), "enforced"), ((True, False), "by convention")])

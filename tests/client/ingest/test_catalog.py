@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rin.client.ingest.catalog import Catalog, ImageRow, read_images
+from rin.client.ingest.cache import MEND
+from rin.client.ingest.catalog import Catalog, ImageRow, patients_known, read_images, undamaged
 from rin.common.errors import StateError
 
 ROW = ImageRow(
@@ -90,3 +91,34 @@ def test_another_schema_is_refused(path: Path) -> None:
         Catalog(path)
     with pytest.raises(StateError, match="missing"):
         read_images(path.with_name("none.sqlite"))
+
+
+@pytest.mark.parametrize("damage", ["no database", "pages", "tables"])
+def test_a_damaged_catalog_is_an_error_with_what_helps(path: Path, damage: str) -> None:
+    catalog = Catalog(path)
+    for number in range(400):
+        own = number.to_bytes(2, "big")
+        catalog.add_image(own, dataclasses.replace(ROW, instance=own, digest=own), slot=number)
+    catalog.commit()
+    catalog.close()
+    data = path.read_bytes()
+    if damage == "no database":
+        path.write_bytes(b"something else" * 1000)
+    elif damage == "pages":
+        path.write_bytes(data[:4096] + bytes(byte ^ 255 for byte in data[4096:]))
+    else:
+        path.write_bytes(b"")
+    readers = [lambda: read_images(path), lambda: patients_known(path)]
+    if damage == "no database":
+        readers.append(lambda: Catalog(path))
+    if damage == "pages":  # the meta table may lie on a sound page
+        readers = readers[:1]
+    for read in readers:
+        with pytest.raises(StateError, match="catalog.sqlite is damaged") as error:
+            read()
+        assert error.value.step == MEND
+
+
+def test_a_lock_is_no_damage(path: Path) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="locked"), undamaged(path):
+        raise sqlite3.OperationalError("database is locked")

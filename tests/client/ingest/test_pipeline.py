@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 
 from rin.client.data import TrainingData
 from rin.client.home import Home
-from rin.client.ingest.cache import map_shards
+from rin.client.ingest.cache import MEND, map_shards
 from rin.client.ingest.catalog import read_images
 from rin.client.ingest.pipeline import IngestReport, Progress, explain, ingest
 from rin.common.errors import ConfigError, StateError
@@ -306,3 +308,31 @@ def _same_pixels(home: Home, other: Home) -> None:
         shard = map_shards(each.cache, slots=slots)[0]
         stacks.append(np.stack([shard[image.slot] for image in images]))
     np.testing.assert_array_equal(*stacks)
+
+
+@pytest.mark.parametrize("size", [100, 5000, 40_000])
+def test_damage_is_one_line_with_what_helps_and_that_helps(archive: Path, home: Home, size: int) -> None:
+    run(home, archive)
+    split = rows(home, "SELECT patient, split FROM images ORDER BY 1, 2")
+    data = home.catalog.read_bytes()
+    home.catalog.write_bytes(data[:size] + b"\xff" * (len(data) - size))
+    with pytest.raises(StateError) as ingested:
+        run(home, archive)
+        TrainingData.open(home, labels=range(165), split="train")
+    assert ingested.value.step == MEND
+    for path in home.catalog.parent.glob("catalog.sqlite*"):
+        path.unlink()
+    shutil.rmtree(home.cache)
+    assert run(home, archive).decoded == 4
+    assert rows(home, "SELECT patient, split FROM images ORDER BY 1, 2") == split
+
+
+def test_training_and_ingest_say_the_same_of_a_short_shard(archive: Path, home: Home) -> None:
+    run(home, archive)
+    os.truncate(home.cache / "shard-00000.u8", 1 << 16)
+    faults = []
+    for work in (lambda: run(home, archive), lambda: TrainingData.open(home, labels=range(165), split="train")):
+        with pytest.raises(StateError, match="holds less") as fault:
+            work()
+        faults.append(str(fault.value))
+    assert faults[0] == faults[1]
