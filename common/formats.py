@@ -17,6 +17,7 @@ from torch import Tensor
 from rin.common import backbones
 from rin.common.backbones import BackboneRow, Network, build, initial
 from rin.common.errors import ConfigError, RefusedError
+from rin.common.facts import check_facts
 from rin.common.keylayouts import Found, readings
 from rin.common.labels import label_set, label_set_digest
 from rin.common.plan import Model
@@ -107,13 +108,16 @@ def read(path: Path, *, normalisation: str | None = None, image_size: int | None
         image_size: pixels a side; None takes what the file says, or the backbone's own.
 
     Raises:
-        ConfigError: the file says another normalisation, or names a network that this release does not have.
+        ConfigError: the file says another normalisation or image size, or names a network that this release does not
+            have.
         RefusedError: bad-weights or not-finite: unreadable, a pickle with more than tensors, Keras, an unknown layout,
-            missing keys, wrong shapes, NaN.
+            facts that are none, missing keys, wrong shapes, NaN.
     """
-    tensors, facts = read_state(path)
+    tensors, said = read_state(path)
     floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
     found, backbone, norm = _recognised(path.name, floats)
+    facts = said if found.layout == "rin" else {}
+    check_facts(path.name, facts)
     model = _model(path.name, found.layout, backbone, norm, facts, normalisation, image_size)
     head, notes = _head(found, facts)
     if any(value.dtype != torch.float32 for value in found.tensors.values()):
@@ -122,7 +126,7 @@ def read(path: Path, *, normalisation: str | None = None, image_size: int | None
     bad = [name for name, value in (body | head).items() if not bool(value.isfinite().all())]
     if bad:
         raise RefusedError("not-finite", f"{path.name} holds NaN or infinite values in {_few(bad)}")
-    return Weights(found.layout, model, body, head, facts if found.layout == "rin" else {}, notes)
+    return Weights(found.layout, model, body, head, facts, notes)
 
 
 def network_of(weights: Weights) -> Network:
@@ -266,7 +270,7 @@ def _model(
     image_size: int | None,
 ) -> Model:
     """The network of the file; what it says about itself wins over what is likely, the caller fills what is missing."""
-    said = {key.replace("_", "-"): value for key, value in facts.items()} if layout == "rin" else {}
+    said = {key.replace("_", "-"): value for key, value in facts.items()}
     if said.get("backbone", backbone) not in get_args(Model.model_fields["backbone"].annotation):
         raise ConfigError(f"{name} is of a network that this release does not have", step="install a newer release")
     other = said.get("backbone", backbone) != backbone
@@ -289,6 +293,12 @@ def _model(
             f"{name} does not say its normalisation",
             step=f"pass --normalisation: one of {', '.join(backbones.NORMALISATIONS)}",
         )
+    _check_statistics(name, chosen, facts)
+    if image_size and said.get("image-size", image_size) != image_size:
+        raise ConfigError(
+            f"{name} says that its images have {said['image-size']} pixels a side, not {image_size}",
+            step="leave --image-size out",
+        )
     known = {each.alias or key for key, each in Model.model_fields.items()} - {"start"}  # where it began says nothing
     values = {key: value for key, value in said.items() if key in known}
     values |= {"backbone": backbone, "norm": said.get("norm", norm), "normalisation": chosen}
@@ -302,6 +312,20 @@ def _model(
             f"{name} is of a network that this release does not have: {faults}",
             step="choose another --image-size" if image_size else "install the release that wrote the file",
         ) from None
+
+
+def _check_statistics(name: str, normalisation: str, facts: Mapping[str, Any]) -> None:
+    """See that mean and deviation, where the file says them, are those of its normalisation.
+
+    Raises:
+        RefusedError: bad-weights.
+    """
+    known = backbones.NORMALISATIONS.get(normalisation)
+    for key, values in zip(("mean", "deviation"), known or (), strict=False):
+        if not np.allclose(facts.get(key, values), values, rtol=0, atol=1e-6):
+            raise RefusedError(
+                "bad-weights", f"{name} says that its normalisation is {normalisation}, and another {key}"
+            )
 
 
 def same_keys(backbone: str, norm: str, other: str) -> bool:

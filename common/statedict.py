@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import struct
 import warnings
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rin.common.errors import RefusedError
-from rin.common.weights import FACTS
+from rin.common.weights import FACTS, parse_facts
 
 HDF5: Final = b"\x89HDF\r\n\x1a\n"
 KERAS: Final = (
@@ -24,6 +23,10 @@ KERAS: Final = (
 )
 KERAS_STEP: Final = "use the PyTorch files of the same release: ResNet50.pt, DenseNet121.pt, InceptionV3.pt"
 SAVE_STEP: Final = "save `network.state_dict()` with safetensors or torch.save"
+DAMAGED: Final = (  # what torch's reader and the pickle below it raise at a byte that is not what it was
+    *(RuntimeError, ValueError, LookupError, EOFError, AttributeError, TypeError, OSError, struct.error),
+    *(AssertionError, ArithmeticError, MemoryError),
+)
 WRAPPERS: Final = ("state_dict", "model_state_dict", "model")  # what training scripts keep a state dict under
 
 
@@ -58,13 +61,7 @@ def _from_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError):
         raise RefusedError("bad-weights", f"{path.name} is no readable safetensors file") from None
-    try:
-        facts = json.loads(text)
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        raise RefusedError("bad-weights", f"{path.name}: its facts are no JSON object")
-    return tensors, facts
+    return tensors, parse_facts(path, text)
 
 
 def _from_torch(path: Path) -> dict[str, Tensor]:
@@ -78,7 +75,7 @@ def _from_torch(path: Path) -> dict[str, Tensor]:
             step=SAVE_STEP,
         ) from None
     # torch's reader has no error of its own: a damaged file ends in whatever line met it
-    except (RuntimeError, ValueError, LookupError, EOFError, AttributeError, TypeError, OSError, struct.error) as error:
+    except DAMAGED as error:
         raise RefusedError(
             "bad-weights", f"{path.name} cannot be read as a file of torch.save ({type(error).__name__})"
         ) from None

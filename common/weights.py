@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from rin.common.files import canonical_json, fsync_dir
 from rin.common.layout import Layout
 
 FACTS: Final = "rin"  # the one metadata key of a checkpoint
+OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")  # in the words of safetensors
 
 
 def layout_of(module: nn.Module) -> Layout:
@@ -139,21 +141,42 @@ def read_facts(path: Path) -> dict[str, Any]:
     """
     with _opened(path) as file:
         text = (file.metadata() or {}).get(FACTS, "{}")
+    return parse_facts(path, text)
+
+
+def parse_facts(path: Path, text: str) -> dict[str, Any]:
+    """`text`, which the metadata of the file at `path` holds, as facts; any file may say anything.
+
+    Raises:
+        RefusedError: bad-weights, if it is no JSON object, or holds NaN or infinity, which no JSON of ours can hold.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
     try:
-        return json.loads(text)
-    except ValueError:
-        raise RefusedError("bad-weights", f"{path.name}: its facts are no JSON") from None
+        facts = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise RefusedError("bad-weights", f"{path.name}: its facts are no JSON object")
+    return facts
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors of any kind and what they are, for this program to go on from; atomically."""
+    """Write tensors of any kind and what they are, for this program to go on from; atomically.
+
+    Raises:
+        OSError: what the disk says; ENOSPC if it is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(fd)
     part = Path(name)
     try:
         whole = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
-        save_file(whole, part, metadata={FACTS: canonical_json(facts).decode()})
+        with _os_errors(path):
+            save_file(whole, part, metadata={FACTS: canonical_json(facts).decode()})
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
@@ -161,6 +184,18 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]
         part.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    """What the library says of the disk, as Python's own error for it: the library has one error for everything."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (found := OS_ERROR.search(str(error))) is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from rin.common.errors import ConfigError, RefusedError
 from rin.common.keylayouts import CHILDREN, radimagenet_state, torchvision_state
 from rin.common.labels import label_set_digest
 from rin.common.plan import IMAGE_SIZES, Model
+from tests.simulator import TINY
 
 STOCK: dict[str, Any] = {
     "resnet18": lambda n: resnet18(num_classes=n),
@@ -264,12 +265,52 @@ def test_our_files_must_be_what_they_say(tmp_path: Path) -> None:
     weights.save(tmp_path / "w", made, layout, facts=facts)
     with pytest.raises(ConfigError, match="says that its normalisation is symmetric"):
         formats.read(tmp_path / "w", normalisation="imagenet")
+    assert formats.read(tmp_path / "w", image_size=64).model.image_size == 64
+    with pytest.raises(ConfigError, match="64 pixels a side, not 96"):
+        formats.read(tmp_path / "w", image_size=96)
+    del facts["image_size"]
+    weights.save(tmp_path / "w", made, layout, facts=facts)
     assert formats.read(tmp_path / "w", image_size=96).model.image_size == 96
     with pytest.raises(ConfigError, match="image-size") as caught:
         formats.read(tmp_path / "w", image_size=16)
     assert "--image-size" in caught.value.step
     with pytest.raises(ConfigError, match="caffe is not known"):
         formats.read(tmp_path / "w", normalisation="caffe")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"round": "three"},
+        {"round": None},
+        {"round": -1},
+        {"normalisation": None},
+        {"mean": ["a", "b", "c"]},
+        {"mean": [0.5]},
+        {"mean": [0.485, 0.456, 0.406]},
+        {"deviation": [1, 1, 1]},
+        {"updates": 5},
+        {"backbone": ["resnet18"]},
+        {"image_size": "64"},
+        {"trained_labels": "all"},
+        {"source": {"layout": 3, "file": "x"}},
+    ],
+)
+def test_facts_of_other_types_or_against_each_other_are_refused(
+    tmp_path: Path, wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
+    formats._shapes.cache_clear()
+    made = network("resnet18")
+    facts: dict[str, Any] = {"backbone": "resnet18", "norm": "batch", "image_size": 64, "normalisation": "symmetric"}
+    facts |= {"mean": [0.5, 0.5, 0.5], "deviation": [0.5, 0.5, 0.5], "round": 3, "updates": {}, "of another release": 1}
+    weights.save(tmp_path / "w", made, weights.layout_of(made), facts=facts)
+    assert formats.read(tmp_path / "w").all_facts() == {**facts, "layout": "rin"}
+    weights.save(tmp_path / "w", made, weights.layout_of(made), facts=facts | wrong)
+    with pytest.raises(RefusedError) as caught:
+        formats.read(tmp_path / "w")
+    assert caught.value.code == "bad-weights"
+    formats._shapes.cache_clear()
 
 
 def test_a_head_over_other_labels_is_dropped(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def test_a_snapshot_waits_for_its_time_and_a_full_disk_costs_only_it(tmp_path: P
     stretch(p, Snapshots(tmp_path / "kept", "one"))
     assert not (tmp_path / "kept").exists()
     stretch(p, Snapshots(Path("/dev/null/kept"), "one", every=0.0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # as a disk that is full within the file
+    try:
+        stretch(p, Snapshots(tmp_path / "kept", "one", every=0.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
     stretch(p, snapshots := Snapshots(tmp_path / "kept", "one", every=0.0))
     assert (tmp_path / "kept").exists()
     snapshots.remove()

@@ -1,18 +1,22 @@
+import errno
 import hashlib
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from rin.common import weights
 from rin.common.backbones import initial
 from rin.common.errors import RefusedError
 from rin.common.layout import Layout, file_digest
 from rin.common.plan import Model
-from rin.common.weights import FACTS, all_finite, layout_of, read_facts, read_into, save, write_update
+from rin.common.weights import FACTS, all_finite, layout_of, read_facts, read_into, save, write_state, write_update
 
 FACTS_OF_IT = {"round": 3, "backbone": "tiny", "sites": {"siteB": "ab", "siteA": "cd"}}
 
@@ -111,6 +115,37 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_update(tmp_path / "w", net, tmp_path / "absent", layout)
     assert file_digest(tmp_path / "w") == digest
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "null", '{"round": NaN}', "[" * 100_000])
+def test_facts_that_are_no_json_object_are_refused(tmp_path: Path, text: str) -> None:
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "w", metadata={FACTS: text})
+    with pytest.raises(RefusedError, match="no JSON object"):
+        read_facts(tmp_path / "w")
+
+
+def test_a_disk_that_takes_no_more_is_an_os_error_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_state(tmp_path / "w", {"a": torch.zeros(3)}, {"step": 1})
+    before, limits = (tmp_path / "w").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_state(tmp_path / "w", {"a": torch.zeros(1 << 15)}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+    assert (tmp_path / "w").read_bytes() == before
+
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError) as caught:
+        write_state(tmp_path / "w", {"a": torch.zeros(3)}, {"step": 2})
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_all_finite_sees_parameters_and_buffers() -> None:
