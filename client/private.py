@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import secrets
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from rin.common.accountant import Row
     from rin.common.backbones import Network
     from rin.common.private import Mechanism
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ def private_steps(
             ledger.debit(_debit(plan, site, round, attempt), gate(plan, site))
 
     try:
-        fit_private(
+        skipped = fit_private(
             network,
             images,
             plan,
@@ -143,6 +147,8 @@ def private_steps(
         if error.code == "cancelled":
             raise RefusedError(cancelled() or error.code) from None
         raise
+    if skipped:
+        log.warning("%d drawn patients gave no finite gradient and were left out", skipped)
     found = claim(ledger, site)
     _show(home, ledger, found, plan, site)
     return found

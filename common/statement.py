@@ -41,11 +41,14 @@ def facts(claims: Mapping[str, Claim]) -> dict[str, Any]:
     """
     if not claims:
         return {}
-    each = "; ".join(f"{site}: {words(claim)}" for site, claim in claims.items())
+    each = "; ".join(f"{site}: {words(claim)}" for site, claim in sorted(claims.items()))
     text = (
         f"Patients: differential privacy at each site by itself, accounted and recorded there. {each}. "
         "Mechanism: patients drawn by Poisson sampling, the gradient of each clipped as a whole, Gaussian noise once a "
         "step; neighbouring archives differ by one patient, added or removed. Accountant: numerical composition (PRV). "
         f"Assumed: {'; '.join(ASSUMPTIONS)}. Not covered: {'; '.join(NOT_COVERED)}."
     )
-    return {"privacy": text, "privacy_sites": {site: claim.model_dump(mode="json") for site, claim in claims.items()}}
+    return {
+        "privacy": text,
+        "privacy_sites": {site: claim.model_dump(mode="json") for site, claim in sorted(claims.items())},
+    }

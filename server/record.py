@@ -6,7 +6,6 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rin.common.chain import Head
 from rin.common.errors import StateError
 from rin.common.files import read_json, write_json
 from rin.common.plan import Digest, MetricName, SiteName
@@ -59,7 +58,7 @@ class Record(_Part):
         base: digest of the global weights that it starts from.
         cohort: the sites that are asked, by name.
         labels: head rows that each site has declared so far in the run.
-        ledgers: the last head of its privacy ledger that each site has signed in the run.
+        claims: what each site last signed of its patients' protection in the run, with its ledger's head.
         elapsed_s: how long the round has been open while a coordinator ran, of the plan's deadline.
         seconds: from opening to closing while a coordinator ran.
         weights: digest of the new global weights, once closed.
@@ -73,7 +72,7 @@ class Record(_Part):
     base: Digest
     cohort: tuple[SiteName, ...]
     labels: dict[SiteName, tuple[int, ...]] = {}
-    ledgers: dict[SiteName, Head] = {}
+    claims: dict[SiteName, Claim] = {}
     receipts: dict[SiteName, Counted] = {}
     failures: tuple[Failure, ...] = ()
     elapsed_s: float = 0.0

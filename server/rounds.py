@@ -17,7 +17,7 @@ from rin.common.labels import label_set
 from rin.common.layout import NOTHING, Layout
 from rin.common.plan import Plan, plan_digest, read_plan
 from rin.common.scores import GroupScores, fault
-from rin.common.wire import Claim, Manifest, Request
+from rin.common.wire import Manifest, Request
 from rin.server import checkpoints, members, receipts, tickets
 from rin.server.aggregate import Contribution, clip_scale, frozen_rows, inspect, mean_update
 from rin.server.receipts import Receipt
@@ -153,10 +153,10 @@ class _Loop:
                 step="admit the others with `rin-server admit`, or agree on a plan with a lower quorum",
             )
         base = last.weights if last else checkpoints.digest_of(self.run, 0)
-        labels, ledgers = (last.labels, last.ledgers) if last else ({}, {})
+        labels, claims = (last.labels, last.claims) if last else ({}, {})
         self.began = time.monotonic()
         record = Record(round=number, state="open", plan=self.digest, base=base, cohort=cohort)
-        record = self.write(record.with_(labels=labels, ledgers=ledgers))
+        record = self.write(record.with_(labels=labels, claims=claims))
         self.events.add("round-opened", round=number, sites=list(cohort))
         return record
 
@@ -241,7 +241,7 @@ class _Loop:
             plan=record.plan,
             base=record.base,
             deadline_s=deadline_s,
-            ledger=record.ledgers.get(site),
+            ledger=record.claims[site].ledger if site in record.claims else None,
         )
 
     def failed_at(self, record: Record, site: str, code: str) -> Record:
@@ -275,12 +275,12 @@ class _Loop:
             receipts.drop(self.run, record.round, site)
             self.asked.setdefault(site, _Asked()).again(time.monotonic())
             return self.failed_at(record, site, error.code)
-        heads = {site: counted.privacy.ledger} if counted.privacy is not None else {}
+        claims = {site: counted.privacy} if counted.privacy is not None else {}
         record = self.write(
             record.with_(
                 receipts={**record.receipts, site: counted},
                 labels={**record.labels, site: counted.labels},
-                ledgers={**record.ledgers, **heads},
+                claims={**record.claims, **claims},
             )
         )
         self.events.add("receipt", round=record.round, site=site)
@@ -361,7 +361,7 @@ class _Loop:
         )
         updates = {site: counted.update for site, counted in sorted(record.receipts.items())}
         facts = checkpoints.facts_of(self.plan, plan_digest=record.plan, round=record.round, updates=updates)
-        facts |= statement.facts(self.claims(record))
+        facts |= statement.facts(record.claims)
         return self.close(record, checkpoints.write_round(self.run, record.round, flat, self.layout, facts))
 
     def close(self, record: Record, weights: str) -> Record:
@@ -377,16 +377,6 @@ class _Loop:
         """How many updates a round needs; figures of the final weights are taken as they come."""
         limits = self.plan.limits
         return 0 if self.closing(number) else max(limits.quorum, limits.min_sites)
-
-    def claims(self, record: Record) -> dict[str, Claim]:
-        """The newest claim of every site whose update has counted in the run, by name."""
-        found: dict[str, Claim] = {}
-        for number in range(1, record.round + 1):
-            past = record if number == record.round else read_record(self.run, number)
-            for site, counted in past.receipts.items() if past else ():
-                if counted.privacy is not None:
-                    found[site] = counted.privacy
-        return dict(sorted(found.items()))
 
     def validation(self, record: Record) -> Validation | None:
         counted = record.receipts

@@ -99,7 +99,7 @@ def test_a_run_debits_every_round_once_and_says_what_it_came_to(tmp_path: Path) 
         counted = record_of(made, 2).receipts[site]
         assert counted.metrics == {} and counted.scores == ()
         assert counted.privacy == claim(site_ledger(home), read_site(home))
-        assert counted.privacy is not None and counted.privacy.ledger == record_of(made, 2).ledgers[site]
+        assert counted.privacy is not None and counted.privacy == record_of(made, 2).claims[site]
         shown = status(home)["budget"]
         assert (shown["epsilon"], shown["ceiling"], shown["entries"]) == (counted.privacy.epsilon, 50.0, 2)
         row = row_of(made.plan, read_site(home))
