@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from rin.common.labels import Label, label_set
+from rin.common.labels import Label, label_index, label_set
 from rin.common.plan import Plan, plan_digest, read_plan
 from rin.common.settings import Table
 from rin.common.weights import read_facts
@@ -57,6 +57,12 @@ class RunData:
     labels: Mapping[str, Sequence[int]]
     source: Mapping[str, Any]
     measured: Sequence[tuple[str, ...]] = ()
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the labels that any site declared whose update counted: of these the head's rows were trained."""
+        rows = {row for site, own in self.labels.items() if self.counted.get(site) for row in own}
+        return [label_set()[row].name for row in sorted(rows)]
 
 
 def run_data(run: RunDir, number: int) -> RunData:
@@ -150,25 +156,53 @@ class Card:
         return _section("Loading", *(text for text in texts if text))
 
     def _data(self) -> str:
-        if self.run is None:
-            sites = sorted(self.facts.get("updates", {}))
-            known = f"Sites whose updates counted in the last round: {', '.join(sites)}." if sites else ""
-            return _section("Data", known or "Not known: the file does not say what it was trained on.")
-        run, total = self.run, sum(self.run.plan.sites.values())
+        return _section("Data", *(self._sites() if self.run is None else self._run_sites(self.run)), self._trained())
+
+    def _sites(self) -> Iterable[str]:
+        """What the file itself says about where its images are."""
+        facts = self.facts
+        if "site" in facts:
+            yield f"Key images that stayed at one site, {plain(facts['site'])}, which trained alone."
+        elif sites := sorted(facts.get("updates", {})):
+            yield f"Sites whose updates counted in the last round: {', '.join(plain(site) for site in sites)}."
+        else:
+            yield "Not known: the file does not say what it was trained on."
+
+    def _run_sites(self, run: RunData) -> Iterable[str]:
+        total = sum(run.plan.sites.values())
         rows = [
             (site, f"{run.plan.sites[site] / total:.0%}", str(run.counted[site]), _labels(run.labels.get(site)))
             for site in run.counted
         ]
-        return _section(
-            "Data",
-            "Key images that stayed at these sites; weights in the mean are agreed in the plan and tell no counts.",
-            _table(("site", "weight in the mean", "rounds counted", "labels declared"), rows),
-        )
+        yield "Key images that stayed at these sites; weights in the mean are agreed in the plan and tell no counts."
+        yield _table(("site", "weight in the mean", "rounds counted", "labels declared"), rows)
+
+    def _trained(self) -> str:
+        """Which rows of the head have learned anything."""
+        names = self.facts.get("trained_labels")
+        if names is None:
+            return "Labels trained: not stated." if self.head else ""
+        known = [label_index()[name] for name in names if name in label_index()]
+        listed = f": {_labels(sorted(known))}" if known else ""
+        rest = " The head's other rows hold what training began with." if self.head else ""
+        return f"Labels trained: {len(names)} of {len(label_set())}{listed}.{rest}"
 
     def _training(self) -> str:
-        if self.run is None:
+        facts = self.facts
+        if self.run is not None:
+            return _section("Training", *self._run_training(self.run))
+        if not facts.get("plan"):
             return ""
-        plan, source = self.run.plan, self.run.source
+        start = facts.get("start")
+        rows = [
+            ("plan", f"{facts.get('name', NOT_STATED)}, SHA-256 {facts['plan']}"),
+            ("started from", f"weights {start}" if start else "random weights" if start == "" else NOT_STATED),
+            ("rounds", f"{facts.get('round', NOT_STATED)} of {facts.get('rounds', NOT_STATED)}"),
+        ]
+        return _section("Training", _table(("what", "value"), rows))
+
+    def _run_training(self, run: RunData) -> Iterable[str]:
+        plan, source = run.plan, run.source
         training = plan.training
         start = "random weights"
         if plan.model.start:
@@ -177,17 +211,15 @@ class Card:
         tables: dict[str, Table] = {"network": plan.model, "training": training}
         tables |= {"augment": plan.augment, "strategy": plan.strategy}
         rows = [
-            ("plan", f"{plan.name}, SHA-256 {self.run.digest}"),
+            ("plan", f"{plan.name}, SHA-256 {run.digest}"),
             ("started from", start),
-            ("rounds", f"{min(self.run.number, training.rounds)} of {training.rounds}"),
+            ("rounds", f"{min(run.number, training.rounds)} of {training.rounds}"),
             *((name, _inline(table)) for name, table in tables.items()),
         ]
-        measured = ""
-        if self.run.measured:
-            measured = "On held-out patients of the sites, with small counts withheld:\n\n" + _table(
-                COLUMNS, self.run.measured
-            )
-        return _section("Training", _table(("what", "value"), rows), measured)
+        yield _table(("what", "value"), rows)
+        if run.measured:
+            yield "On held-out patients of the sites, with small counts withheld:"
+            yield _table(COLUMNS, run.measured)
 
     def _privacy(self) -> str:
         return _section("Privacy", plain(str(self.facts.get("privacy", UNKNOWN_PRIVACY))))

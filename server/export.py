@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -14,14 +16,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from rin.common.backbones import Network
+from rin.common.backbones import BACKBONES, Network
 from rin.common.errors import ConfigError, StateError
-from rin.common.files import fsync_dir, read_json, sha256_file, write_atomic, write_json
+from rin.common.files import fsync_dir, make_dir, read_json, sha256_file, write_atomic, write_json
 from rin.common.formats import Weights, network_of, read
 from rin.common.guard import Verdict
 from rin.common.keylayouts import radimagenet_state, torchvision_state
 from rin.common.labels import label_set, label_set_digest
 from rin.common.layout import Layout
+from rin.common.statedict import read_state
 from rin.common.weights import write_tensors
 from rin.server.card import UNKNOWN_PRIVACY, Card, File, RunData, run_data
 from rin.server.onnxfile import write_onnx
@@ -30,6 +33,7 @@ from rin.server.rundir import RunDir
 from rin.server.weightfiles import open_weights
 
 CARD: Final = "README.md"
+NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # of files: on every system, in a shell, in code
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +78,13 @@ def _onnx(path: Path, source: Source) -> None:
 
 
 def _save(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Plain tensors only, so that it loads with weights_only."""
-    torch.save({name: value.contiguous().clone() for name, value in state.items()}, path)
+    """Plain tensors only, so that it loads with weights_only.
+
+    In memory first: torch hides what the disk says.
+    """
+    whole = io.BytesIO()
+    torch.save({name: value.contiguous().clone() for name, value in state.items()}, whole)
+    path.write_bytes(whole.getbuffer())
 
 
 # Format to the end of its files' names and its writer.
@@ -105,18 +114,24 @@ def export(
         formats: some of FORMATS.
         run: the run that made the weights, for the card; found by itself for a file of a run's checkpoints/.
         summary: summary.json of a benchmark of these weights, for the card; found by itself in the run's directory.
-        name: of the files; by default backbone and round.
+        name: of the files, of letters, digits, dot, dash, underscore; by default backbone and round.
         licence: for the card.
         normalisation, image_size: for a file that does not say its own.
 
     Raises:
-        ConfigError: an unknown format, one that cannot hold these weights, another run's directory or benchmark.
+        ConfigError: an unknown format, one that cannot hold these weights, a name that is none for a file, another
+            run's directory or benchmark.
         RefusedError: the file cannot be used; see `rin.common.formats.read`.
-        StateError: `out` is there already, or a written file does not hold what was read.
+        StateError: `out` is there already or cannot be made, or a written file does not hold what was read.
     """
     wanted = list(dict.fromkeys(formats))
     if unknown := [each for each in wanted if each not in FORMATS]:
         raise ConfigError(f"unknown format {unknown[0]}", step=f"choose some of {', '.join(FORMATS)}")
+    if name is not None and not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} is no name for files",
+            step="pass --name with letters, digits, dot, dash and underscore: 64 at most, no dot at the beginning",
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StateError(f"{out} is there already", step="choose another --out; an export never overwrites")
     weights, verdict = open_weights(path, normalisation=normalisation, image_size=image_size)
@@ -125,8 +140,8 @@ def export(
     source = Source(weights, network_of(weights), facts)
     stem = name or "-".join([weights.model.backbone, *([f"round-{facts['round']:04d}"] if "round" in facts else [])])
     bench = _bench(summary, run or _run_of(path), source.weights.digest())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".part"))
+    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    make_dir(part, private=True)
     try:
         files = tuple(_write(part, stem, each, source) for each in wanted)
         card = Card(
@@ -166,9 +181,26 @@ def _write(folder: Path, stem: str, format: str, source: Source) -> File:
     path.chmod(0o644)
     if format != "onnx":  # its writer has compared it
         back = read(path, normalisation=source.weights.model.normalisation)
-        if any(not torch.equal(back.backbone[name], value) for name, value in source.weights.backbone.items()):
+        wanted = source.weights.backbone | _under(source.weights.head, "head")
+        found = back.backbone | _under(_head_of(path, format, back, source), "head")
+        if wanted.keys() != found.keys() or any(not torch.equal(found[name], value) for name, value in wanted.items()):
             raise StateError(f"{path.name} does not hold what was read", step="look at the disk, then export again")
     return File(path.name, format, path.stat().st_size, sha256_file(path))
+
+
+def _head_of(path: Path, format: str, back: Weights, source: Source) -> Mapping[str, Tensor]:
+    """The head in the written file; our reader leaves the classifier of the stock networks out."""
+    if format == "radimagenet":  # has none
+        return source.weights.head
+    if format != "torchvision":
+        return back.head
+    classifier = f"{BACKBONES[source.weights.model.backbone].classifier}."
+    state, _ = read_state(path)
+    return {name.removeprefix(classifier): value for name, value in state.items() if name.startswith(classifier)}
+
+
+def _under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {f"{name}/{key}": value for key, value in tensors.items()}
 
 
 # --- what the files and the card say ----------------------------------------------------------------------------
@@ -186,7 +218,9 @@ def _facts(path: Path, weights: Weights, data: RunData | None) -> dict[str, Any]
         **facts,
         **({"label_set": label_set_digest()} if weights.head else {}),
         **({"sites": sorted(facts["updates"])} if "updates" in facts else {}),
+        **({"sites": [facts["site"]]} if "site" in facts else {}),
         **({"site_weights": dict(data.plan.sites)} if data is not None else {}),
+        **({"trained_labels": data.trained} if data is not None else {}),
         "weights": weights.digest(),
         "layout": "rin",
     }
@@ -197,6 +231,7 @@ def _said(card: Card) -> dict[str, Any]:
     return {
         **card.facts,
         "labels": [label.name for label in label_set()] if card.head else [],
+        "trained_labels": card.facts.get("trained_labels"),
         "files": [asdict(file) for file in card.files],
         "licence": card.licence or None,
         "statistics": card.statistics,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,19 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from rin.common import weights
+from rin.common import formats, weights
 from rin.common.backbones import BACKBONES, initial
+from rin.common.checkpoint import facts_of as checkpoint_facts
 from rin.common.errors import ConfigError, StateError
 from rin.common.files import sha256_file, write_json
-from rin.common.formats import network_of, read
+from rin.common.formats import network_of, read, weights_of
 from rin.common.keylayouts import CHILDREN
 from rin.common.labels import label_set, label_set_digest
 from rin.common.layout import file_digest
-from rin.common.plan import IMAGE_SIZES, Model
-from rin.server.export import FORMATS, export, newest
+from rin.common.plan import IMAGE_SIZES, Model, parse_plan
+from rin.server.export import FORMATS, Source, export, newest
 from rin.server.rundir import RunDir
-from tests.simulator import TINY, small
+from tests.simulator import TINY, plan_text, small
 
 ROWS = {"siteA": (0, 1, 2), "siteB": (1, 2, 3), "siteC": (0, 1, 2, 3)}
 
@@ -88,6 +91,8 @@ def test_a_runs_checkpoint_comes_out_with_all_that_the_run_knows(run: RunDir, tm
     for file in done.files:
         assert file.sha256 == sha256_file(tmp_path / "out" / file.name)
         assert f"| {file.name} | {file.format} | {file.size:,} | {file.sha256} |" in card
+    assert facts["trained_labels"] == [label_set()[row].name for row in (0, 1, 2, 3)]
+    assert "Labels trained: 4 of 165: " in card
     finding = label_set()[3].finding
     assert re.search(r"\| siteB \| 33% \| 2 \| [^|]*`" + re.escape(finding), card)
     assert re.search(r"\| siteA \| 17% \| 2 \| (?![^|]*`" + re.escape(finding) + "`)", card)
@@ -116,6 +121,69 @@ def test_an_export_never_overwrites_and_leaves_nothing_half_done(run: RunDir, tm
         export(newest(run), tmp_path / "other", formats=["tensorflow"])
 
 
+@pytest.mark.parametrize("name", ["../esc", "x/y", "", ".hidden", 'a"b', "a b", "a\nb", "ä", "a" * 65, "/tmp/x"])
+def test_a_name_that_is_none_for_a_file_is_refused(run: RunDir, tmp_path: Path, name: str) -> None:
+    (tmp_path / "esc.safetensors").write_text("mine")
+    with pytest.raises(ConfigError, match="no name for files"):
+        export(newest(run), tmp_path / "out", name=name)
+    assert [path.name for path in tmp_path.iterdir()] == ["esc.safetensors"]
+    assert (tmp_path / "esc.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torchvision"])
+@pytest.mark.parametrize("part", ["head", "backbone"])
+def test_a_file_that_holds_anything_else_is_not_published(
+    tmp_path: Path, format: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, write = FORMATS[format]
+
+    def damage(path: Path, source: Source) -> None:
+        network = copy.deepcopy(source.network)
+        with torch.no_grad():
+            next(network.get_submodule(part).parameters()).view(-1)[0] += 1
+        changed = weights_of(network)
+        write(path, replace(source, network=network, weights=changed))
+
+    monkeypatch.setitem(FORMATS, format, (end, damage))
+    with pytest.raises(StateError, match="does not hold what was read"):
+        export(checkpoint(tmp_path / "w"), tmp_path / "out", formats=[format])
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_weights_trained_alone_say_so_on_their_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
+    formats._shapes.cache_clear()
+    plan = parse_plan(plan_text(["a", "b", "c"]))
+    facts = checkpoint_facts(plan, plan_digest="ab" * 32, round=2, updates={})
+    names = [label_set()[row].name for row in (0, 7)]
+    network = initial(plan.model, 5)
+    facts |= {"site": "siteA", "trained_labels": names}
+    for extra, start in (({}, "random weights"), ({"start": "cd" * 32}, f"weights {'cd' * 32}")):
+        weights.save(tmp_path / "w", network, weights.layout_of(network), facts=facts | extra)
+        out = tmp_path / start[:6]
+        export(tmp_path / "w", out)
+        card = (out / "README.md").read_text()
+        for text in (
+            "one site, siteA, which trained alone",
+            f"| plan | simulated, SHA-256 {'ab' * 32} |",
+            f"| started from | {start} |",
+            "| rounds | 2 of 2 |",
+            "Labels trained: 2 of 165: ",
+            f"`{label_set()[7].finding}`",
+        ):
+            assert text in card
+        said = json.loads((out / "resnet18-round-0002.json").read_text())
+        assert (said["trained_labels"], said["sites"], said["site"]) == (names, ["siteA"], "siteA")
+    formats._shapes.cache_clear()
+
+
+@pytest.mark.parametrize("out", ["/dev/null/out", "/proc/out", "/proc/nobody/out"])
+def test_a_place_where_nothing_can_be_is_said_in_words(run: RunDir, out: str) -> None:
+    with pytest.raises(StateError, match="cannot be made") as caught:
+        export(newest(run), Path(out))
+    assert caught.value.step
+
+
 def test_a_benchmark_is_shown_for_the_weights_that_it_scored(run: RunDir, tmp_path: Path) -> None:
     right = summary(tmp_path / "right.json", file_digest(newest(run)), "a|b<script>")
     export(newest(run), tmp_path / "out", summary=right)
@@ -124,6 +192,8 @@ def test_a_benchmark_is_shown_for_the_weights_that_it_scored(run: RunDir, tmp_pa
     assert "+0.500 (+0.250 to +0.750) | better |" in card
     with pytest.raises(ConfigError, match="no score of these weights"):
         export(newest(run), tmp_path / "no", summary=summary(tmp_path / "wrong.json", "00" * 32))
+    with pytest.raises(StateError, match="cannot be read"):
+        export(newest(run), tmp_path / "no", summary=tmp_path)
     write_json(tmp_path / "odd.json", [1])
     with pytest.raises(ConfigError, match="no summary"):
         export(newest(run), tmp_path / "no", summary=tmp_path / "odd.json")
@@ -147,6 +217,7 @@ def test_foreign_weights_come_out_without_a_head_and_with_nothing_made_up(tmp_pa
     assert (found.head, found.model.normalisation) == ({}, "symmetric")
     assert "dropped the classifier fc" in done.notes[0]
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "Labels trained" not in card
     for text in (
         "| head | none |",
         "unknown: the file says nothing",
