@@ -83,7 +83,8 @@ def image_folder_dataset(root: Path, *, with_masks: bool = False) -> Dataset:
         with_masks: take only images that have a mask, and read it.
 
     Raises:
-        ConfigError: no folder, fewer than two classes (one is enough with masks), or too few images.
+        ConfigError: no folder, fewer than two classes (one is enough with masks), or too few images; `patients.csv`
+            cannot be read, leaves an image out, or does not say for certain whose image one is.
     """
     classes = _classes(root, least=1 if with_masks else 2)
     dropped: Counter[str] = Counter()
@@ -91,7 +92,8 @@ def image_folder_dataset(root: Path, *, with_masks: bool = False) -> Dataset:
     if with_masks:
         found = [image for image in found if image.masks] or _fail(root, "no image has a <name>_mask.png beside it")
     patients = _patients(root)
-    keys = [patients.get(image.path.relative_to(root).as_posix()) or patients.get(image.path.name) for image in found]
+    _check_bare(root, classes, patients)
+    keys = [patients.get(_below(root, image.path)) or patients.get(image.path.name) or None for image in found]
     known = bool(patients) and None not in keys
     if patients and not known:
         _fail(root, f"{PATIENTS} does not name the patient of {keys.count(None)} of {len(keys)} images")
@@ -240,8 +242,36 @@ def _patients(root: Path) -> dict[str, str]:
     path = root / PATIENTS
     if not path.exists():
         return {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"filename", "patient"} <= set(rows.fieldnames or ()):
-            raise ConfigError(f"{PATIENTS} lacks a column", step="give it the columns filename and patient")
-        return {row["filename"]: row["patient"] for row in rows}
+    patients: dict[str, str] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            if not {"filename", "patient"} <= set(rows.fieldnames or ()):
+                raise ConfigError(f"{PATIENTS} lacks a column", step="give it the columns filename and patient")
+            for row in rows:
+                name, patient = row["filename"] or "", row["patient"] or ""
+                if patients.setdefault(name, patient) != patient:
+                    raise ConfigError(
+                        f"{root.name}: {PATIENTS} gives {name} two patients",
+                        step="name each file once; files of the same name as <class>/<name>",
+                    )
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise ConfigError(
+            f"{root.name}: {PATIENTS} cannot be read as UTF-8 text in columns", step="save it as CSV in UTF-8"
+        ) from None
+    return patients
+
+
+def _below(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _check_bare(root: Path, classes: tuple[str, ...], patients: dict[str, str]) -> None:
+    """Raise ConfigError where a bare name may mean two files, even if one of them is not used in the end."""
+    paths = [path for name in classes for path in _files(root / name)] if patients else []
+    count = Counter(path.name for path in paths if path.name in patients and _below(root, path) not in patients)
+    if twice := sorted(name for name, times in count.items() if times > 1):
+        raise ConfigError(
+            f"{root.name}: {PATIENTS} names {twice[0]}, and {count[twice[0]]} files are called so",
+            step="name them as <class>/<name>, for they may be of different patients",
+        )

@@ -58,10 +58,13 @@ def bench(
         privacy: result of a search for PHI canaries, for the report.
 
     Raises:
-        ConfigError: a file whose network or normalisation is not known, or a task's folder that is no task.
+        ConfigError: a file whose network or normalisation is not known, a task's folder that is no task, two tasks of
+            one name, or no folder can be at `out`.
         RefusedError: a weight file that cannot be read.
     """
+    _check_names(tasks)
     checkpoints, models = _checkpoints(paths, normalisation, image_size)
+    _make(out)
     pairs = [
         (Start(each.name, path, model, each.digest), Start(RANDOM, None, model, "random"))
         for each, path, model in zip(checkpoints, paths, models, strict=True)
@@ -103,6 +106,24 @@ def bench(
 def print_summary(summary: Summary) -> None:
     """The headline table on the terminal."""
     Console(markup=False, highlight=False).print(summary_table(summary))
+
+
+def _check_names(tasks: Sequence[Task]) -> None:
+    """Scores and example images are kept by a task's name, so each has its own."""
+    if twice := [name for name, count in Counter(task.name for task in tasks).items() if count > 1]:
+        raise ConfigError(
+            f"two tasks are called {twice[0]}",
+            step="name each task and folder once; rename one of two folders, or link it under another name (ln -s) and"
+            " pass the link",
+        )
+
+
+def _make(out: Path) -> None:
+    """Make the folder now: after hours of fine-tuning it is too late to learn that there is none."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be a folder: {error.strerror}", step="choose another --out") from None
 
 
 def _checkpoints(

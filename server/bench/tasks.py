@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -66,14 +67,18 @@ TASKS: Final[dict[str, Task]] = {
 
 
 def image_folder_task(path: Path, name: str = "", *, kind: Kind = "auc") -> Task:
-    """A task from `path/<class>/<image>`, named as the folder; `dice` wants `<image>_mask.png` beside the images.
+    """A task from `path/<class>/<image>`, named as the folder, or as the link to it that is given; `dice` wants
+    `<image>_mask.png` beside the images.
 
     Raises:
         ConfigError: the name is taken or not of letters, digits, dot, dash and underscore.
     """
-    name = name or path.resolve().name
+    name = name or Path(os.path.abspath(path)).name  # noqa: PTH100 - a link is another name
     if name in TASKS or not name.isascii() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise ConfigError(f"{name!r} cannot be a task's name", step=f"choose another; taken: {', '.join(TASKS)}")
+        raise ConfigError(
+            f"{name!r} cannot be a task's name: it is taken, or not of letters, digits, dot, dash and underscore",
+            step=f"rename the folder, or pass a link to it (ln -s) of another name; taken: {', '.join(TASKS)}",
+        )
     what = "Class of an image" if kind == "auc" else "Outline on an image"
     return Task(
         name,

@@ -110,6 +110,45 @@ def test_a_patient_is_on_one_side_of_the_split(tmp_path: Path) -> None:
         image_folder_dataset(root)
 
 
+def test_no_two_patients_are_taken_for_one(tmp_path: Path) -> None:
+    root = folder(tmp_path / "set")  # 0.png to 9.png in each class
+    paths = sorted(root.rglob("*.png"))
+    cases = {
+        "two patients": [f"{path.name},P{index}" for index, path in enumerate(paths)],
+        "0.png, and 2 files": [f"{name}.png,P{name}" for name in range(10)],
+    }
+    for words, lines in cases.items():
+        (root / "patients.csv").write_text("filename,patient\n" + "\n".join(lines))
+        with pytest.raises(ConfigError, match=words) as error:
+            image_folder_dataset(root)
+        assert "<class>/<name>" in error.value.step
+    save(root / "class1" / "only-here.png", noise())
+    lines = [f"{path.relative_to(root).as_posix()},P{index // 2}" for index, path in enumerate(paths)]
+    (root / "patients.csv").write_text(
+        "\n".join(["filename,patient", *lines, "only-here.png,P99", "only-here.png,P99"])
+    )
+    assert image_folder_dataset(root).facts["patients"].startswith("11 patients")
+
+
+def test_a_bare_name_of_a_file_that_is_not_used_is_no_certainty(tmp_path: Path) -> None:
+    root = folder(tmp_path / "set")
+    for name in ("class0", "class1"):
+        save(root / name / "x.png", noise())
+    (root / "class0" / "x.png").write_bytes(b"broken")
+    lines = [f"{name}/{number}.png,P{number}" for name in ("class0", "class1") for number in range(10)]
+    (root / "patients.csv").write_text("\n".join(["filename,patient", *lines, "x.png,P1"]))
+    with pytest.raises(ConfigError, match=r"x\.png, and 2 files"):
+        image_folder_dataset(root)
+
+
+def test_patients_in_another_encoding_are_one_line(tmp_path: Path) -> None:
+    root = folder(tmp_path / "set")
+    (root / "patients.csv").write_bytes("filename,patient\n0.png,M\xfcller\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="UTF-8") as error:
+        image_folder_dataset(root)
+    assert "CSV" in error.value.step
+
+
 def test_masks_are_never_images_and_their_union_is_read(tmp_path: Path) -> None:
     root = tmp_path / "set"
     for index in range(6):

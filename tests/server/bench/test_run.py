@@ -19,7 +19,7 @@ from rin.common.plan import Model
 from rin.server.bench.datasets import phantom_dataset
 from rin.server.bench.run import bench, print_summary
 from rin.server.bench.summary import Summary, summary_table
-from rin.server.bench.tasks import FineTuning, Kind, Task
+from rin.server.bench.tasks import FineTuning, Kind, Task, image_folder_task
 
 TUNING = FineTuning(steps=2, batch_size=4, learning_rate=1e-3)
 ROWS: dict[str, Kind] = {"phantom-nodule": "auc", "phantom-lesion": "dice"}
@@ -126,3 +126,20 @@ def test_the_table_fits_a_narrow_terminal_and_takes_names_literally(
     capsys.readouterr()
     print_summary(summary)
     assert "phantom-" in capsys.readouterr().out
+
+
+def test_two_tasks_of_one_name_would_overwrite_each_other(checkpoints: list[Path], tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "brain", tmp_path / "b" / "brain"]
+    for tasks in ([image_folder_task(each) for each in folders], [TASKS[0], TASKS[0]]):
+        with pytest.raises(ConfigError, match=f"two tasks are called {tasks[0].name}") as error:
+            bench(checkpoints[:1], tasks, tmp_path / "out")
+        assert "rename" in error.value.step
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_where_the_folder_should_be_is_said_at_once(checkpoints: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="cannot be a folder") as error:
+            bench(checkpoints[:1], TASKS, out, seeds=1, progress=lambda *_: pytest.fail("it began to work"))
+        assert "--out" in error.value.step

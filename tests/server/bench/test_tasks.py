@@ -24,8 +24,9 @@ def test_the_auc_task_has_few_training_and_a_thousand_test_images() -> None:
 
 @pytest.mark.parametrize("name", ["phantom-nodule", ".", "a b", "../x", "<b>", "é"])
 def test_names_that_would_be_paths_or_markup_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be a task's name"):
+    with pytest.raises(ConfigError, match="cannot be a task's name") as error:
         image_folder_task(Path(), name)
+    assert "ln -s" in error.value.step
 
 
 def test_a_large_data_set_gets_its_epochs_and_a_small_one_its_steps() -> None:
@@ -38,6 +39,9 @@ def test_a_folders_name_is_its_tasks_name(tmp_path: Path) -> None:
     (tmp_path / "brain-mr").mkdir()
     assert image_folder_task(tmp_path / "brain-mr").name == "brain-mr"
     assert image_folder_task(tmp_path / "brain-mr", "other").name == "other"
+    (tmp_path / "link").symlink_to(tmp_path / "brain-mr")  # what the step says about odd and equal names helps
+    assert image_folder_task(tmp_path / "link").name == "link"
+    assert image_folder_task(tmp_path / "brain-mr" / "x" / "..").name == "brain-mr"
 
 
 def test_named_tasks_names_what_it_does_not_know() -> None:
