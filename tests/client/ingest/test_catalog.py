@@ -114,7 +114,7 @@ def test_a_damaged_catalog_is_an_error_with_what_helps(path: Path, damage: str) 
     if damage == "pages":  # the meta table may lie on a sound page
         readers = readers[:1]
     for read in readers:
-        with pytest.raises(StateError, match="catalog.sqlite is damaged") as error:
+        with pytest.raises(StateError, match=r"catalog\.sqlite is damaged") as error:
             read()
         assert error.value.step == MEND
 

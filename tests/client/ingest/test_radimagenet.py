@@ -229,6 +229,14 @@ def test_pictures_keep_their_shape_and_grey_values(home: Home, tmp_path: Path) -
     assert not shard[1, 192:].any()
 
 
+def test_an_empty_archive_is_called_empty(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "data" / "CT").mkdir(parents=True)
+    told: list[str] = []
+    report = run(home, tmp_path / "data", warn=told.append)
+    assert (report.files, report.empty_roots) == (0, 1)
+    assert "holds no file" in told[-1]
+
+
 # no patients
 
 
@@ -313,8 +321,8 @@ def test_wrong_arguments_touch_nothing(tree: Tree, home: Home, tmp_path: Path) -
         ([tree.root], {"labels": train}, "labels from folders"),
     ]
     for roots, options, words in cases:
-        with pytest.raises(ConfigError, match=words):
-            ingest(home, site="siteA", roots=roots, layout="radimagenet", **options)
+        with pytest.raises(ConfigError, match=words):  # in one line, before the long word on patients
+            ingest(home, site="siteA", roots=roots, layout="radimagenet", warn=pytest.fail, **options)
     with pytest.raises(ConfigError, match="belongs to layout"):
         ingest(home, site="siteA", roots=[tree.root], csv=[train])
     with pytest.raises(ConfigError, match="not known"):
