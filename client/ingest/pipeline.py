@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,6 @@ from rin.common.files import lock
 from rin.common.labels import label_set_digest
 
 __all__ = ["IngestReport", "Progress", "explain", "ingest"]
-_LOG = logging.getLogger(__name__)
 _AHEAD: Final = 24  # files under way for each worker
 _SITE: Final = re.compile(r"[A-Za-z0-9-]{1,32}")
 
@@ -44,7 +42,7 @@ def ingest(
     csv: Sequence[Path] = (),
     prune: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    warn: Callable[[str], None] = _LOG.warning,
+    warn: Callable[[str], None] = lambda text: None,
     workers: int = WORKERS,
     timeout_s: float = TIMEOUT_S,
 ) -> IngestReport:
@@ -57,7 +55,8 @@ def ingest(
         layout: `dicom`, or `radimagenet` for the published PNG folders, whose names are the labels.
         csv: the published split of layout `radimagenet`.
         prune: remove the images whose files are gone; without it they stay, for an archive may not be mounted.
-        warn: called with what a person must know before the work, once every argument was found right.
+        warn: called with what a person must know before the work, once every argument was found right; for a terminal,
+            never for a log: it may name a root.
 
     Raises:
         ConfigError: site name, roots, layout, labels, mapping or csv are wrong.
