@@ -147,6 +147,9 @@ def ingest(
         typer.echo(json.dumps(report.as_json(), sort_keys=True))
     else:
         _print_report(report, contact_sheet)
+    if settings is None:
+        typer.echo(f"next: write {here.site_toml}, which `rin-client train` and `start` need:", err=True)
+        typer.echo("      site, [labels] and [device]; deploy/site.example.toml explains every key", err=True)
 
 
 def _warn(text: str) -> None:

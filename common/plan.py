@@ -253,4 +253,6 @@ def read_plan(path: Path) -> tuple[Plan, bytes]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing", step="run `rin-server init` or copy deploy/plan.example.toml") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", step="name the file of a plan") from None
     return parse_plan(data, name=path.name), data

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
 from importlib import metadata
+from typing import NoReturn
 
 import typer
 
-from rin.common.errors import RinError
+from rin.common.errors import CODES, RinError
 
 
 def run_app(app: typer.Typer) -> None:
@@ -27,10 +29,19 @@ def run_app(app: typer.Typer) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _fault()
+        typer.echo(f"error: {CODES['disk-full']}\n  next: free some space", err=True)
+        raise SystemExit(1) from None
     except Exception:  # noqa: BLE001 - the edge of the process; the terminal belongs to the operator
-        traceback.print_exc()
-        typer.echo("error: a fault in rin itself; the trace above helps to report it", err=True)
-        raise SystemExit(70) from None
+        _fault()
+
+
+def _fault() -> NoReturn:
+    traceback.print_exc()
+    typer.echo("error: a fault in rin itself; the trace above helps to report it", err=True)
+    raise SystemExit(70) from None
 
 
 def version_option(value: bool) -> None:

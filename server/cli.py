@@ -7,13 +7,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rin.common.errors import ConfigError
+from rin.common.plan import read_plan
 from rin.common.terminal import progress_printer, run_app, version_option
 from rin.server.rundir import RunDir
+
+if TYPE_CHECKING:
+    from rin.common.guard import Verdict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -61,7 +65,7 @@ def init(
     from rin.server import consortium
 
     here = _run(run)
-    data = plan.read_bytes() if plan else None
+    data = read_plan(plan)[1] if plan else None
     if weights is None:
         consortium.init(here, plan=data, address=address)
     else:
@@ -72,7 +76,7 @@ def init(
         begin = start.prepare(data, weights, normalisation=normalisation)
         consortium.init(here, plan=begin.plan, address=address)
         start.write(here, begin)
-        _print_notes(weights, begin.notes, begin.verdict.words)
+        _print_notes(weights, begin.notes, begin.verdict)
         typer.echo(f"the run starts from weights {begin.digest}, as {here.plan} now says")
     typer.echo(f"wrote {here.root}")
     typer.echo(f"next: read {here.plan}, then `rin-server invite SITE` for each site;")
@@ -148,7 +152,7 @@ def run_rounds(
     here = _run(run)
     if weights is not None and not here.checkpoint(0).exists():
         _place(here, weights, normalisation)
-    if plan is not None and here.plan.is_file() and plan.read_bytes() != here.plan.read_bytes():
+    if plan is not None and here.plan.is_file() and read_plan(plan)[1] != here.plan.read_bytes():
         raise ConfigError(
             f"{plan} is not the plan of {here.root}", step="a started run keeps its plan; use a new --run"
         )
@@ -253,14 +257,14 @@ def export(
         normalisation=normalisation,
         image_size=image_size,
     )
-    _print_notes(path, done.notes, done.verdict.words)
+    _print_notes(path, done.notes, done.verdict)
     for file in done.files:
         typer.echo(f"{file.sha256}  {out / file.name}")
     typer.echo(f"card: {out / exporting.CARD}")
 
 
-def _print_notes(weights: Path, notes: Sequence[str], statistics: str) -> None:
-    for note in [*notes, statistics]:
+def _print_notes(weights: Path, notes: Sequence[str], verdict: Verdict) -> None:
+    for note in [*notes, *([] if verdict.warning else [verdict.words])]:  # a warning was logged where it was found
         typer.echo(f"{weights.name}: {note}")
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rin.common.errors import StateError
-from rin.common.files import canonical_json, lock, publish, read_json, sha256_file, write_atomic, write_json
+from rin.common.files import canonical_json, lock, make_dir, publish, read_json, sha256_file, write_atomic, write_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -80,6 +80,27 @@ def test_read_json_says_missing_and_damaged(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b'{"a": \xff')
     with pytest.raises(StateError, match="not valid JSON"):
         read_json(tmp_path / "x")
+    with pytest.raises(StateError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_a_private_directory_is_its_owners_and_an_impossible_one_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir(mode=0o755)
+    for path in (tmp_path / "a", tmp_path / "b" / "c"):
+        make_dir(path, private=True)
+        assert path.stat().st_mode & 0o777 == 0o700
+    for path in (Path("/dev/null/a"), Path("/proc/nobody/a")):
+        with pytest.raises(StateError, match="cannot be made"):
+            make_dir(path)
+
+
+def test_who_is_locked_out_is_sent_to_commands_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    for shown, step in ((True, "stop it first, or look at it with `rin-server status`"), (False, "stop it first")):
+        again = lock(path, holder="rin-server run", shown=shown)
+        with lock(path, holder="rin-server run"), pytest.raises(StateError) as caught, again:
+            pass
+        assert caught.value.step == step
 
 
 def test_publish_never_replaces(tmp_path: Path) -> None:

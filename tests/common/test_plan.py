@@ -109,5 +109,7 @@ def test_the_digest_is_over_the_files_bytes(tmp_path: Path) -> None:
     assert plan_digest(data + b"\n") != plan_digest(data)
     with pytest.raises(ConfigError, match="missing"):
         read_plan(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_plan(tmp_path)
     with pytest.raises(ConfigError, match="not UTF-8"):
         parse_plan(b"\xff")
