@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd  # the one base of all of them; torch has no public name for it
 
 from rin.common.plan import Plan
 
@@ -20,7 +21,7 @@ class Recipe:
     learning_rate: float
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9  # sgd only
-    weight_decay: float = 1e-4  # on weights of two and more dimensions; biases and norms have none
+    weight_decay: float = 1e-4  # on the weights of linear and convolutional layers, and on nothing else
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = 0
     first_step: int = 0
@@ -58,7 +59,9 @@ def recipe_of(plan: Plan, round: int) -> Recipe:
 
 
 class Stepper:
-    """A new optimizer over the trainable parameters of `module`; nothing is decayed but weights.
+    """A new optimizer over the trainable parameters of `module`; nothing but weights of layers is decayed.
+
+    Biases and norms are not, nor tables of them: the relative position biases of a Swin transformer.
 
     The optimizer sees row-major views of weights in channels_last: on a CPU its fused kernels copy anything else, which
     doubles their time.
@@ -68,9 +71,11 @@ class Stepper:
         self._recipe = recipe
         trainable = [p for p in module.parameters() if p.requires_grad]
         self._pairs = [(p, _rows_of(p, p.detach())) for p in trainable]
+        layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear | _ConvNd))
+        weights = {id(layer.weight) for layer in layers}
         groups = [
-            {"params": [view for _, view in self._pairs if view.dim() >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [view for _, view in self._pairs if view.dim() < 2], "weight_decay": 0.0},
+            {"params": [view for p, view in self._pairs if id(p) in weights], "weight_decay": recipe.weight_decay},
+            {"params": [view for p, view in self._pairs if id(p) not in weights], "weight_decay": 0.0},
         ]
         if recipe.optimizer == "adamw":
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
