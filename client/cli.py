@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rin.client import ledger_cli
-from rin.client.options import HomeOption, SiteOption, home_of
+from rin.client.options import HomeOption, JsonOption, SiteOption, home_of
 from rin.common.errors import ConfigError, RefusedError
 from rin.common.supervise import stop_on_signals
 from rin.common.terminal import confirm, progress_printer, run_app, version_option
 
 if TYPE_CHECKING:
     from rin.client.ingest.report import IngestReport
+    from rin.common.audit import Check
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -281,6 +282,27 @@ def status(
         return
     for line in _lines(facts):
         typer.echo(line)
+
+
+@app.command()
+def audit(as_json: JsonOption = False) -> None:
+    """Check that private training does what its statement says: made-up patients, no archive, half a minute."""
+    from dataclasses import asdict
+
+    from rin.client import audit as auditor
+
+    if as_json:
+        found = auditor.checks(lambda check: None)
+        typer.echo(json.dumps([asdict(check) | {"passed": check.passed} for check in found]))
+    else:
+        found = auditor.checks(lambda check: typer.echo(f"{'ok' if check.passed else 'FAILED':<8}{_said(check)}"))
+    if not all(check.passed for check in found):
+        typer.echo("a check failed: do not train privately with this installation, and report it", err=True)
+        raise typer.Exit(1)
+
+
+def _said(check: Check) -> str:
+    return f"{check.name:<20}{check.value:>10.4g} of at most {check.threshold:<10.4g}{check.words}"
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> Iterable[str]:

@@ -24,7 +24,7 @@ Grey = npt.NDArray[np.uint8]
 AT_THE_SITES: Final = {
     "none": "Privacy mode of the run: none. Each site agreed to that in its site file, with a name and a date. Images "
     "and labels stayed at the sites; weights and the metrics shown here left them.",
-    "patient": "Privacy mode of the run: patient. Each site trained with differential privacy for each of its patients, "
+    "patient": "Privacy mode of the run: patient. Each site trained with differential privacy for each patient, "
     "accounted in its own ledger. Images, labels and all figures of patients stayed at the sites; weights left them.",
 }
 UNKNOWN_PRIVACY: Final = "The weight file does not say how it was trained, so nothing can be said about privacy."
