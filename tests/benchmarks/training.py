@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rin.client.data import TrainingData
-from rin.client.ingest.cache import Cache, map_shards
+from rin.client.ingest.cache import Cache, Reading, map_shards
 from rin.common.backbones import initial
 from rin.common.fit import fit_round, half_precision, settle
 from rin.common.labels import label_set, label_set_digest
@@ -59,6 +59,7 @@ def cached(folder: Path, n: int) -> TrainingData:
         label_indices=rng.integers(0, len(label_set()), n),
         _slots=rng.permutation(n),
         _shards=tuple(map_shards(folder, slots=n)),
+        _reading=Reading(folder / "cache.lock"),
     )
 
 
