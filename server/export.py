@@ -141,6 +141,7 @@ def export(
     stem = name or "-".join([weights.model.backbone, *([f"round-{facts['round']:04d}"] if "round" in facts else [])])
     bench = _bench(summary, run or _run_of(path), source.weights.digest())
     part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    make_dir(out.parent)
     make_dir(part, private=True)
     try:
         files = tuple(_write(part, stem, each, source) for each in wanted)
