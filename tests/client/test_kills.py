@@ -62,6 +62,7 @@ def check(found: list[dict[str, Any]], steps: int) -> None:
     assert max(again) > steps / 2
 
 
+@pytest.mark.slow  # one kill of a trainer, in tests/client/test_airlock.py, is in the default suite
 def test_killed_twice_it_goes_on_from_its_snapshots(small_site: Make) -> None:
     disturbed, other = small_site(steps=24), small_site(steps=24, name="undisturbed")
     found = lives([(disturbed, {1: (8, 18)}), (other, {1: ()})])

@@ -31,7 +31,8 @@ def together(out: Path, target: str, stop: int = 0) -> None:
     assert (done.returncode != 0) == bool(stop), done.stderr
 
 
-@pytest.mark.parametrize("target", ["multi", pytest.param("single", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the default suite has tests/client/test_parallel.py
+@pytest.mark.parametrize("target", ["multi", "single"])
 def test_two_processes_give_the_weights_of_one(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "half_precision", fit.half_precision)  # put back afterwards
     together(tmp_path, target, stop=2)  # killed, and goes on

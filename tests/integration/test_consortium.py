@@ -98,8 +98,10 @@ def _of(pid: int, home: str) -> bool:
 
 @pytest.mark.parametrize(
     "disturb",
-    [kill_coordinator, kill_at_site("rin.client.airlock")],
-    ids=["coordinator", "trainer"],
+    [
+        pytest.param(kill_coordinator, id="coordinator"),
+        pytest.param(kill_at_site("rin.client.airlock"), id="trainer", marks=pytest.mark.slow),
+    ],
 )
 def test_kill_9_leaves_the_same_weights(
     disturb: Callable[[Consortium, int], None], undisturbed: Consortium, phantom: Home, tmp_path: Path
