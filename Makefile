@@ -18,8 +18,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: dev
 	$(BIN)/rin-server demo --out demo
 
+# Two files at a time: much of the suite waits for processes that it has started.
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: dev
 	$(BIN)/python -m pytest -m slow
