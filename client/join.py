@@ -191,12 +191,11 @@ def plan_summary(data: bytes) -> list[tuple[str, str]]:
         ("sites", ", ".join(f"{site} {weight / total:.0%}" for site, weight in sorted(plan.sites.items()))),
         ("network", f"{plan.model.backbone}, {plan.model.image_size} pixels, {plan.model.target} label"),
         ("starts from", f"weights {plan.model.start}" if plan.model.start else "random weights"),
-        ("rounds", f"{training.rounds}, each {training.local_steps} steps of {training.batch_size} images"),
-        ("images seen", f"at most {training.rounds * training.local_steps * training.batch_size:,} at each site"),
+        *_amount(plan),
         ("optimizer", f"{training.optimizer}, learning rate {training.learning_rate:g}, {training.schedule}"),
         ("strategy", plan.strategy.name),
         ("protection", _protection(plan)),
-        ("may leave the site", ", ".join(["the update of the weights", *plan.metrics])),
+        ("may leave the site", ", ".join(["the update of the weights", *_told(plan)])),
         ("fewest sites", f"{limits.min_sites} in an aggregate, {limits.quorum} in a round"),
         ("deadline of a round", f"{limits.deadline_s / 60:.0f} min"),
         ("updates kept", "no, digests only" if plan.retention.receipts == "delete" else "yes, at the coordinator"),
@@ -204,5 +203,27 @@ def plan_summary(data: bytes) -> list[tuple[str, str]]:
     ]
 
 
+def _amount(plan: Plan) -> list[tuple[str, str]]:
+    """How much a site trains."""
+    training, private = plan.training, plan.privacy
+    steps = training.rounds * training.local_steps
+    if private.mode == "patient":
+        each = f"about {private.patients} patients drawn by chance, up to {private.images} images of each"
+        return [("rounds", f"{training.rounds}, each {training.local_steps} steps of {each}")]
+    return [
+        ("rounds", f"{training.rounds}, each {training.local_steps} steps of {training.batch_size} images"),
+        ("images seen", f"at most {steps * training.batch_size:,} at each site"),
+    ]
+
+
+def _told(plan: Plan) -> list[str]:
+    return ["epsilon so far and the ledger's head"] if plan.privacy.mode == "patient" else list(plan.metrics)
+
+
 def _protection(plan: Plan) -> str:
-    return {"none": "none: whoever holds an update can learn about single patients"}[plan.privacy.mode]
+    private = plan.privacy
+    return {
+        "none": "none: whoever holds an update can learn about single patients",
+        "patient": f"differential privacy for each patient: noise {private.sigma:g} times the clip {private.clip:g}, "
+        f"delta {private.delta:g} at most; epsilon is held by this site's policy and ledger",
+    }[private.mode]

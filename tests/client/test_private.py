@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rin.client.ingest.pseudonyms import site_pseudonyms
+from rin.client.join import plan_summary
 from rin.client.ledger import site_ledger
 from rin.client.private import claim, row_of
 from rin.client.site import read_site
@@ -283,6 +284,13 @@ def test_what_mixes_or_counts_patients_is_no_private_plan(table: dict[str, Any],
     with pytest.raises(RinError, match="metrics"):
         parse_plan(private_plan().replace(b"metrics = []\n", b""))
     assert parse_plan(private_plan()).privacy.patients == 6
+
+
+def test_whoever_agrees_reads_what_protects_the_patients() -> None:
+    told = dict(plan_summary(private_plan()))
+    assert "differential privacy for each patient" in told["protection"]
+    assert "about 6 patients" in told["rounds"] and "images seen" not in told
+    assert "epsilon so far" in told["may leave the site"]
 
 
 def test_the_egress_log_holds_the_claim(tmp_path: Path) -> None:
