@@ -28,7 +28,7 @@ UNPROTECTED: Final = (
 def words(claim: Claim) -> str:
     """One site's claim as a sentence."""
     return (
-        f"({claim.epsilon:.3g}, {claim.delta:g})-differential privacy for each patient, whatever the number of a "
+        f"({claim.epsilon:g}, {claim.delta:g})-differential privacy for each patient, whatever the number of a "
         "patient's images, over everything that the site's privacy ledger holds"
     )
 
