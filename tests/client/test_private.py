@@ -87,6 +87,19 @@ def train(made: Consortium, request: Request, cancelled: Callable[[], str] = lam
     Trainer(home).train(request, made.run.plan.read_bytes(), lambda progress: None, cancelled)
 
 
+def interrupted(made: Consortium) -> Request:
+    """A first request of siteA whose training was cancelled after its first steps."""
+    request, asked = request_of(made), list[int]()
+
+    def later() -> str:
+        asked.append(1)
+        return "cancelled" if len(asked) > 12 else ""
+
+    with pytest.raises(RefusedError, match="cancelled"):
+        train(made, request, later)
+    return request
+
+
 def test_a_run_debits_every_round_once_and_says_what_it_came_to(tmp_path: Path) -> None:
     made = consortium(tmp_path)
     made.go()
@@ -173,14 +186,7 @@ def test_the_federation_goes_on_without_a_site_whose_budget_is_spent(tmp_path: P
 def test_an_interrupted_round_goes_on_inside_its_debit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshots, "EVERY", 0.0)
     made = consortium(tmp_path)
-    request, asked = request_of(made), list[int]()
-
-    def later() -> str:
-        asked.append(1)
-        return "cancelled" if len(asked) > 12 else ""
-
-    with pytest.raises(RefusedError, match="cancelled"):
-        train(made, request, later)
+    request = interrupted(made)
     ledger = site_ledger(made.homes["siteA"])
     assert len(ledger.entries()) == 1  # charged before its first step
     train(made, request)
@@ -190,14 +196,7 @@ def test_an_interrupted_round_goes_on_inside_its_debit(tmp_path: Path, monkeypat
 
 def test_a_lost_checkpoint_costs_another_debit(tmp_path: Path) -> None:
     made = consortium(tmp_path)
-    request, asked = request_of(made), list[int]()
-
-    def later() -> str:
-        asked.append(1)
-        return "cancelled" if len(asked) > 12 else ""
-
-    with pytest.raises(RefusedError, match="cancelled"):
-        train(made, request, later)
+    request = interrupted(made)
     home = made.homes["siteA"]
     for path in (home.jobs / request.id).glob("snapshot*"):
         path.unlink()
