@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.common.test_ledger import anything, at, debit, filled
 LIVES = """
 import os, secrets, sys
 from pathlib import Path
+from typing import Any
 from tests.common.test_ledger import anything, at, debit
 
 ledger = at(Path(sys.argv[1]))
