@@ -52,7 +52,7 @@ class _Job:
 
     def __init__(self, trainer: Trainer, request: Request, plan: bytes) -> None:
         self.request, self.progress = request, Progress(0, 0)
-        self.result: Done | str | None = None  # a string is the code of a refusal
+        self.result: Done | pb.Refused | None = None
         self.news = threading.Condition()
         self._plan, self._trainer = plan, trainer
         self._stop = ""
@@ -79,11 +79,11 @@ class _Job:
         self._thread.join()
 
     def _run(self) -> None:
-        result: Done | str = "internal"
+        result: Done | pb.Refused = pb.Refused(code="internal")
         try:
             result = self._trainer.train(self.request, self._plan, self._report, self.cancelled)
         except RefusedError as error:
-            result = error.code
+            result = _refused(error)
         finally:
             with self.news:
                 self.result = result
@@ -108,6 +108,10 @@ class _Job:
                 yield pb.Event(refused=result)
                 return
             yield pb.Event(progress=pb.Progress(step=progress.step, steps=progress.steps))
+
+
+def _refused(error: RefusedError) -> pb.Refused:
+    return pb.Refused(code=error.code, note=error.note)
 
 
 class _Service(pb_grpc.TrainerServicer):
@@ -137,7 +141,7 @@ class _Service(pb_grpc.TrainerServicer):
         try:
             job = self._job_of(from_bytes(Request, request.request), request.plan)
         except RefusedError as error:
-            yield pb.Event(refused=error.code)
+            yield pb.Event(refused=_refused(error))
             return
         yield from job.events()
 
@@ -231,7 +235,7 @@ class Stub:
         """Ask for one round and follow it to its end; at most `timeout` seconds.
 
         Raises:
-            RefusedError: with the trainer's code.
+            RefusedError: with the trainer's code and note.
         """
         message = pb.TrainRequest(request=request.to_bytes(), plan=plan)
         with _answers():
@@ -239,7 +243,8 @@ class Stub:
                 if event.HasField("done"):
                     return Done(event.done.request, event.done.update)
                 if event.HasField("refused"):
-                    raise RefusedError(event.refused if event.refused in CODES else "internal")
+                    refused = event.refused
+                    raise RefusedError(refused.code if refused.code in CODES else "internal", note=refused.note)
                 progress(Progress(event.progress.step, event.progress.steps))
         raise RefusedError("trainer-away")
 

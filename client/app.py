@@ -6,6 +6,7 @@ Where the home is comes from the agent's environment, never from a message or Fl
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from rin.common.files import read_json
 from rin.common.keys import decode
 from rin.common.log import chain_of, frames_of
 from rin.common.transfer import HttpCarrier
-from rin.common.wire import RECORD, Reply, Request, read_train_record, reply_record
+from rin.common.wire import RECORD, Reply, Request, SignedRefusal, from_bytes, read_train_record, reply_record
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +72,21 @@ def answer(record: Mapping[str, Any], home: Home) -> Reply:
         _carry(home, request, ticket, plan)
     except RinError as error:
         log.warning("request refused: %s", error.code)
-        return Reply(request=request_id, code=error.code)
+        return Reply(request=request_id, code=error.code, note=_note(error))
     except Exception as error:  # noqa: BLE001 - the edge of the process: neither text nor trace may travel
         frames = " ".join(frames_of(error.__traceback__))
         log.error("request failed: %s at %s", " from ".join(chain_of(error)), frames)
         return Reply(request=request_id, code="internal")
     return Reply(request=request_id)
+
+
+def _note(error: RinError) -> SignedRefusal | None:
+    """The trainer's signed word about `error`, where it gave one."""
+    if not isinstance(error, RefusedError) or not error.note:
+        return None
+    with contextlib.suppress(RefusedError):
+        return from_bytes(SignedRefusal, error.note)
+    return None
 
 
 def _carry(home: Home, request: Request, ticket: str, plan: bytes) -> None:

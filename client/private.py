@@ -17,12 +17,13 @@ from rin.client.data import TrainingData
 from rin.client.home import Home
 from rin.client.ledger import site_ledger
 from rin.client.site import Site
+from rin.common import egress, keys
 from rin.common.chain import MECHANISM
-from rin.common.errors import RefusedError
+from rin.common.errors import RefusedError, RinError
 from rin.common.files import write_json
 from rin.common.ledger import Debit, Entry, Ledger, debits
 from rin.common.plan import Plan
-from rin.common.wire import Claim
+from rin.common.wire import Claim, Refusal, Request, SignedRefusal
 
 if TYPE_CHECKING:
     from rin.common.accountant import Row
@@ -176,6 +177,36 @@ def claim(ledger: Ledger, site: Site) -> Claim:
         mechanism=MECHANISM,
         ledger=entries[-1].head,
     )
+
+
+def signed_refusal(home: Home, request: Request, code: str) -> bytes:
+    """The site's word that it refuses `request`, with its ledger's head, once the egress log has it.
+
+    Returns:
+        Bytes of a `SignedRefusal`; none where there is no ledger to speak of, or no key: the code then goes alone.
+    """
+    try:
+        refusal = Refusal(
+            run=request.run,
+            round=request.round,
+            site=request.site,
+            request=request.id,
+            code=code,
+            ledger=site_ledger(home).head,
+        )
+        signature = keys.sign(keys.load_signing_key(home.keys / "signing.key"), refusal.signed_bytes())
+        note = SignedRefusal(refusal=refusal, signature=keys.encode(signature)).to_bytes()
+        egress.record(
+            home.egress_log,
+            what="refusal",
+            digest=keys.sha256(note),
+            to="coordinator",
+            facts=refusal.model_dump(mode="json", include={"run", "round", "code", "ledger"}),
+        )
+    except (RinError, OSError) as error:
+        log.warning("the refusal goes without the ledger's head: %s", type(error).__name__)
+        return b""
+    return note
 
 
 def _patients(site: Site) -> int:

@@ -24,7 +24,7 @@ from rin.client.home import Home
 from rin.client.jobs import Jobs, Stored, put_out, take_in
 from rin.client.ledger import site_ledger
 from rin.client.norms import LocalNorms
-from rin.client.private import Round, private_steps
+from rin.client.private import Round, private_steps, signed_refusal
 from rin.client.site import Site, read_site
 from rin.client.training import check, device_answers, images_of, limit_memory, local_steps, release_memory
 from rin.common import egress, keys
@@ -115,7 +115,7 @@ class Trainer:
             RefusedError: with one of `CODES`; its text is for this site only.
         """
         self.show(state="starting", round=request.round)
-        with self._refusals(request):
+        with self._refusals(request, plan):
             done = self._train(request, plan, progress, cancelled)
             self.events.add("update-ready", round=request.round)
         self.show(state="idle", round=request.round, code="")
@@ -319,7 +319,7 @@ class Trainer:
             raise RefusedError("disk-full", "less than device.disk-reserve-gib would be left on the disk")
 
     @contextlib.contextmanager
-    def _refusals(self, request: Request) -> Iterator[None]:
+    def _refusals(self, request: Request, plan: bytes) -> Iterator[None]:
         """Turn whatever goes wrong into a refusal with one of our codes, and write down what the operator needs."""
         try:
             yield
@@ -336,6 +336,8 @@ class Trainer:
                 state="idle", round=request.round, code=refusal.code, text=refusal.message, step_next=refusal.step
             )
             self.events.add("request-refused", round=request.round, code=refusal.code)  # whoever sees it reads the text
+            if _is_private(plan, request.plan):
+                refusal.note = signed_refusal(self.home, request, refusal.code)
             raise refusal from None
 
     def show(self, **fields: Any) -> None:
@@ -378,6 +380,12 @@ def refusal_of(error: BaseException) -> RefusedError:
     if code := device_fault(error):
         return RefusedError(code, step=DEVICE_STEPS[code])
     return RefusedError("internal", step="look into vault/log/trainer.jsonl")
+
+
+def _is_private(data: bytes, digest: str) -> bool:
+    with contextlib.suppress(RefusedError):
+        return policy.open_plan(data, digest).privacy.mode == "patient"
+    return False
 
 
 def accepted_plans(home: Home) -> frozenset[str]:

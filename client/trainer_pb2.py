@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18rin/client/trainer.proto\x12\x03rin\"\x0e\n\x0cHelloRequest\"Y\n\x05State\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x11\n\tlabel_set\x18\x04 \x01(\t\x12\x0c\n\x04\x62usy\x18\x05 \x01(\t\"-\n\x0cTrainRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x0c\n\x04plan\x18\x02 \x01(\x0c\"\'\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\"\'\n\x04\x44one\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06update\x18\x02 \x01(\t\"a\n\x05\x45vent\x12!\n\x08progress\x18\x01 \x01(\x0b\x32\r.rin.ProgressH\x00\x12\x19\n\x04\x64one\x18\x02 \x01(\x0b\x32\t.rin.DoneH\x00\x12\x11\n\x07refused\x18\x03 \x01(\tH\x00\x42\x07\n\x05\x65vent\" \n\rCancelRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\"\x1e\n\x0b\x43\x61ncelReply\x12\x0f\n\x07running\x18\x01 \x01(\x08\x32\x8b\x01\n\x07Trainer\x12&\n\x05Hello\x12\x11.rin.HelloRequest\x1a\n.rin.State\x12(\n\x05Train\x12\x11.rin.TrainRequest\x1a\n.rin.Event0\x01\x12.\n\x06\x43\x61ncel\x12\x12.rin.CancelRequest\x1a\x10.rin.CancelReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18rin/client/trainer.proto\x12\x03rin\"\x0e\n\x0cHelloRequest\"Y\n\x05State\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x11\n\tlabel_set\x18\x04 \x01(\t\x12\x0c\n\x04\x62usy\x18\x05 \x01(\t\"-\n\x0cTrainRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x0c\n\x04plan\x18\x02 \x01(\x0c\"\'\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\"\'\n\x04\x44one\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06update\x18\x02 \x01(\t\"%\n\x07Refused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0c\n\x04note\x18\x02 \x01(\x0c\"o\n\x05\x45vent\x12!\n\x08progress\x18\x01 \x01(\x0b\x32\r.rin.ProgressH\x00\x12\x19\n\x04\x64one\x18\x02 \x01(\x0b\x32\t.rin.DoneH\x00\x12\x1f\n\x07refused\x18\x03 \x01(\x0b\x32\x0c.rin.RefusedH\x00\x42\x07\n\x05\x65vent\" \n\rCancelRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\"\x1e\n\x0b\x43\x61ncelReply\x12\x0f\n\x07running\x18\x01 \x01(\x08\x32\x8b\x01\n\x07Trainer\x12&\n\x05Hello\x12\x11.rin.HelloRequest\x1a\n.rin.State\x12(\n\x05Train\x12\x11.rin.TrainRequest\x1a\n.rin.Event0\x01\x12.\n\x06\x43\x61ncel\x12\x12.rin.CancelRequest\x1a\x10.rin.CancelReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,12 +41,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROGRESS']._serialized_end=226
   _globals['_DONE']._serialized_start=228
   _globals['_DONE']._serialized_end=267
-  _globals['_EVENT']._serialized_start=269
-  _globals['_EVENT']._serialized_end=366
-  _globals['_CANCELREQUEST']._serialized_start=368
-  _globals['_CANCELREQUEST']._serialized_end=400
-  _globals['_CANCELREPLY']._serialized_start=402
-  _globals['_CANCELREPLY']._serialized_end=432
-  _globals['_TRAINER']._serialized_start=435
-  _globals['_TRAINER']._serialized_end=574
+  _globals['_REFUSED']._serialized_start=269
+  _globals['_REFUSED']._serialized_end=306
+  _globals['_EVENT']._serialized_start=308
+  _globals['_EVENT']._serialized_end=419
+  _globals['_CANCELREQUEST']._serialized_start=421
+  _globals['_CANCELREQUEST']._serialized_end=453
+  _globals['_CANCELREPLY']._serialized_start=455
+  _globals['_CANCELREPLY']._serialized_end=485
+  _globals['_TRAINER']._serialized_start=488
+  _globals['_TRAINER']._serialized_end=627
 # @@protoc_insertion_point(module_scope)

@@ -47,6 +47,14 @@ class Done(_message.Message):
     update: str
     def __init__(self, request: _Optional[str] = ..., update: _Optional[str] = ...) -> None: ...
 
+class Refused(_message.Message):
+    __slots__ = ("code", "note")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    note: bytes
+    def __init__(self, code: _Optional[str] = ..., note: _Optional[bytes] = ...) -> None: ...
+
 class Event(_message.Message):
     __slots__ = ("progress", "done", "refused")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
@@ -54,8 +62,8 @@ class Event(_message.Message):
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     progress: Progress
     done: Done
-    refused: str
-    def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., refused: _Optional[str] = ...) -> None: ...
+    refused: Refused
+    def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request",)

@@ -71,10 +71,15 @@ class ConfigError(RinError):
 
 
 class RefusedError(RinError):
-    """One side refuses; `code` says why in one of `CODES`."""
+    """One side refuses; `code` says why in one of `CODES`.
 
-    def __init__(self, code: str, message: str = "", *, step: str = "") -> None:
+    Attributes:
+        note: bytes of a `rin.common.wire.SignedRefusal`, where the site's trainer has signed one; goes with the code.
+    """
+
+    def __init__(self, code: str, message: str = "", *, step: str = "", note: bytes = b"") -> None:
         super().__init__(message or CODES.get(code, code), step=step, code=code)
+        self.note = note
 
 
 class TransferError(RinError):

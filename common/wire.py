@@ -21,7 +21,9 @@ from rin.common.plan import PROTOCOL, Digest, MetricName, SiteName
 from rin.common.scores import GroupScores
 
 MAX_MANIFEST: Final = 24 << 10  # bytes of canonical JSON; one of all labels and `scores.MAX_CELLS` cells fits
-SIGNATURE_CONTEXT: Final = b"rin-update-v1\n"  # keeps a signature over an update from being one over anything else
+# Each keeps a signature over one kind of paper from being one over anything else.
+SIGNATURE_CONTEXT: Final = b"rin-update-v1\n"
+REFUSAL_CONTEXT: Final = b"rin-refusal-v1\n"
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 RoundNumber = Annotated[int, Field(ge=1, le=100_000)]
 
@@ -118,11 +120,49 @@ class Manifest(_Wire):
             raise RefusedError("update-manifest")
 
 
+class Refusal(_Wire):
+    """What a site says about a request of private training that it does not fulfil; signed with the site's key.
+
+    Attributes:
+        ledger: where the site's ledger ends. A round may be debited and then fail, and only so does the coordinator
+            know of it (threat T13).
+    """
+
+    protocol: Literal[1] = PROTOCOL
+    run: RunId
+    round: RoundNumber
+    site: SiteName
+    request: Digest  # over plan, round, base and site
+    code: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,32}$")]
+    ledger: Head
+
+    def signed_bytes(self) -> bytes:
+        """What the site's key signs."""
+        return REFUSAL_CONTEXT + self.to_bytes()
+
+    def answers(self, request: Request) -> bool:
+        """Whether this is about `request`."""
+        mine = (self.run, self.round, self.site, self.request)
+        return mine == (request.run, request.round, request.site, request.id)
+
+
+class SignedRefusal(_Wire):
+    """A refusal and its signature (base64url of 64 bytes), as the trainer makes them and others carry them."""
+
+    refusal: Refusal
+    signature: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{86}==$")]
+
+
 class Reply(_Wire):
-    """The wake-up that a site's ClientApp sends when it is done: empty code means the update has been uploaded."""
+    """The wake-up that a site's ClientApp sends when it is done: empty code means the update has been uploaded.
+
+    Attributes:
+        note: the trainer's word on why not, of private training; whoever reads it verifies it.
+    """
 
     request: Digest
     code: str = ""
+    note: SignedRefusal | None = None
 
     @property
     def known_code(self) -> str:

@@ -18,12 +18,11 @@ from rin.common.files import lock, read_json
 from rin.common.flower import code_of_reason
 from rin.common.supervise import note_process
 from rin.common.wire import RECORD, Request, read_reply_record, train_record
+from rin.server.port import LOST, Answer
 from rin.server.rundir import RunDir
 from rin.server.superlink import RUN_ENV, read_nodes, serverapp_file
 
 log = logging.getLogger(__name__)
-
-LOST: Final = "lost"
 
 # Flower's error codes that mean: the site's ClientApp ran and failed. All others mean that a message, a reply, a
 # process or a link was lost, and that the request may be sent again.
@@ -78,30 +77,32 @@ class FlowerPort:
         else:
             self._unsent.append(site)
 
-    def pull(self) -> list[tuple[str, str]]:
-        """(site, code) of the replies since the last call: "" uploaded, one of CODES a site's failure, "lost"."""
-        found = [(site, LOST) for site in self._unsent]
+    def pull(self) -> list[Answer]:
+        """What the replies since the last call say."""
+        found = [Answer(site, LOST) for site in self._unsent]
         self._unsent = []
         for message_id in list(self._pending):
             for reply in self._grid.pull_messages([message_id]):
                 pending = self._pending.pop(message_id, None)
                 if pending is not None:
-                    found.append((pending.site, _code(reply, pending.request)))
+                    found.append(_answer(reply, pending))
         return found
 
 
-def _code(reply: Message, request: str) -> str:
+def _answer(reply: Message, pending: _Pending) -> Answer:
     if reply.has_error():
         if reply.error.code in FAILED_AT_SITE:
-            return code_of_reason(reply.error.reason) or "internal"
+            return Answer(pending.site, code_of_reason(reply.error.reason) or "internal")
         log.info("Flower lost a message, its code is %d", reply.error.code)
-        return LOST
+        return Answer(pending.site, LOST)
     try:
         record = reply.content.config_records[RECORD]
-        answer = read_reply_record(dict(cast(Any, record)))
+        said = read_reply_record(dict(cast(Any, record)))
     except (KeyError, RefusedError):
-        return "bad-request"
-    return answer.known_code if answer.request == request else "bad-request"
+        return Answer(pending.site, "bad-request")
+    if said.request != pending.request:
+        return Answer(pending.site, "bad-request")
+    return Answer(pending.site, said.known_code, said.note)
 
 
 app = ServerApp()

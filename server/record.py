@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rin.common.chain import Head
 from rin.common.errors import StateError
 from rin.common.files import read_json, write_json
 from rin.common.plan import Digest, MetricName, SiteName
@@ -23,6 +24,12 @@ FOLLOWS: Final[dict[str, frozenset[str]]] = {
     "failed": frozenset({"open"}),
     "closed": frozenset(),
 }
+
+# Refusals that stay what they are until a person at the site does something: the round goes on without that site, and
+# the next one asks it again.
+UNTIL_A_PERSON_ACTS: Final = frozenset(
+    {"base-conflict", "budget", "labels-mismatch", "ledger", "no-data", "plan-not-accepted", "policy", "round-old"}
+)
 
 
 class _Part(BaseModel):
@@ -59,6 +66,8 @@ class Record(_Part):
         cohort: the sites that are asked, by name.
         labels: head rows that each site has declared so far in the run.
         claims: what each site last signed of its patients' protection in the run, with its ledger's head.
+        heads: where a site's ledger ended that has signed a longer one since, with a refusal or an update that was
+            refused here.
         elapsed_s: how long the round has been open while a coordinator ran, of the plan's deadline.
         seconds: from opening to closing while a coordinator ran.
         weights: digest of the new global weights, once closed.
@@ -73,6 +82,7 @@ class Record(_Part):
     cohort: tuple[SiteName, ...]
     labels: dict[SiteName, tuple[int, ...]] = {}
     claims: dict[SiteName, Claim] = {}
+    heads: dict[SiteName, Head] = {}
     receipts: dict[SiteName, Counted] = {}
     failures: tuple[Failure, ...] = ()
     elapsed_s: float = 0.0
@@ -85,8 +95,31 @@ class Record(_Part):
         """A copy with `changes`, validated."""
         return Record.model_validate({**dict(self), **changes})
 
-    def failures_of(self, site: str) -> int:
-        return sum(each.site == site for each in self.failures)
+    def gave_up(self, site: str, retries: int) -> bool:
+        """Whether asking `site` again in this round is of no use, or more than `retries` allow."""
+        codes = [each.code for each in self.failures if each.site == site]
+        return len(codes) > retries or not UNTIL_A_PERSON_ACTS.isdisjoint(codes)
+
+    def head_of(self, site: str) -> Head | None:
+        """What a request to `site` names: the head in its last claim, or a longer one that it has signed since."""
+        claim = self.claims.get(site)
+        return self.heads.get(site) or (claim.ledger if claim else None)
+
+    def seen(self, site: str, head: Head) -> Record:
+        """The record with `head` remembered, if none as long is."""
+        known = self.head_of(site)
+        longer = known is None or head.count > known.count
+        return self.with_(heads={**self.heads, site: head}) if longer else self
+
+    def counting(self, site: str, counted: Counted) -> Record:
+        """The record with the update of `site`; the head in its claim is the newest word on its ledger."""
+        claims = {} if counted.privacy is None else {site: counted.privacy}
+        return self.with_(
+            receipts={**self.receipts, site: counted},
+            labels={**self.labels, site: counted.labels},
+            claims={**self.claims, **claims},
+            heads={name: head for name, head in self.heads.items() if name != site or not claims},
+        )
 
 
 def read_record(run: RunDir, number: int) -> Record | None:

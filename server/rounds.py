@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from rin.common import statement
 from rin.common.errors import CODES, RefusedError, StateError
@@ -20,6 +20,7 @@ from rin.common.scores import GroupScores, fault
 from rin.common.wire import Manifest, Request
 from rin.server import checkpoints, members, receipts, tickets
 from rin.server.aggregate import Contribution, clip_scale, frozen_rows, inspect, mean_update
+from rin.server.port import LOST, Answer, Port, signed_head
 from rin.server.receipts import Receipt
 from rin.server.record import FOLLOWS, Counted, Failure, Record, last_record, read_record, write_record
 from rin.server.rundir import RunDir
@@ -34,23 +35,6 @@ LONGEST_S: Final = 2.0  # both grow to this while a round takes long
 PAUSE_S: Final = 0.5  # before the same site is asked again; doubled each time
 LONGEST_PAUSE_S: Final = 60.0
 SAVE_S: Final = 30.0  # how much of the deadline a crash may forget
-LOST: Final = "lost"
-
-
-class Port(Protocol):
-    """The way to the sites."""
-
-    def sites(self) -> set[str]:
-        """Sites that can be reached now."""
-        ...
-
-    def push(self, site: str, request: Request, ticket: str, plan: bytes) -> None:
-        """Ask `site` for its work; asking again for the same request is harmless."""
-        ...
-
-    def pull(self) -> list[tuple[str, str]]:
-        """(site, code) since the last call: "" uploaded, one of CODES the site's own failure, "lost" to be repeated."""
-        ...
 
 
 def run(run: RunDir, port: Port, *, epoch: int) -> None:
@@ -153,10 +137,11 @@ class _Loop:
                 step="admit the others with `rin-server admit`, or agree on a plan with a lower quorum",
             )
         base = last.weights if last else checkpoints.digest_of(self.run, 0)
-        labels, claims = (last.labels, last.claims) if last else ({}, {})
         self.began = time.monotonic()
         record = Record(round=number, state="open", plan=self.digest, base=base, cohort=cohort)
-        record = self.write(record.with_(labels=labels, claims=claims))
+        if last is not None:
+            record = record.with_(labels=last.labels, claims=last.claims, heads=last.heads)
+        record = self.write(record)
         self.events.add("round-opened", round=number, sites=list(cohort))
         return record
 
@@ -193,12 +178,12 @@ class _Loop:
         return self.freeze(self.take_receipts(record))
 
     def pending(self, record: Record) -> list[str]:
-        """Members of the cohort that owe an update and have not failed too often."""
-        still = members.members(self.run)
+        """Members of the cohort that owe an update and have not given up."""
+        still, retries = members.members(self.run), self.plan.limits.retries
         return [
             site
             for site in record.cohort
-            if site in still and site not in record.receipts and record.failures_of(site) <= self.plan.limits.retries
+            if site in still and site not in record.receipts and not record.gave_up(site, retries)
         ]
 
     def all_waiting(self, record: Record) -> bool:
@@ -207,12 +192,12 @@ class _Loop:
     def ask(self, record: Record, left: float) -> Record:
         """Take the replies in, then push to every pending site that is reachable and due."""
         now = time.monotonic()
-        for site, code in self.port.pull():
-            if site not in self.asked or site in record.receipts:
+        for answer in self.port.pull():
+            if answer.site not in self.asked or answer.site in record.receipts:
                 continue
-            self.asked[site].again(now)
-            if code and code != LOST:
-                record = self.failed_at(record, site, code if code in CODES else "internal")
+            self.asked[answer.site].again(now)
+            if answer.code and answer.code != LOST:
+                record = self.refused(record, answer)
         reachable = self.port.sites()
         for site in self.pending(record):
             asked = self.asked[site]
@@ -241,8 +226,16 @@ class _Loop:
             plan=record.plan,
             base=record.base,
             deadline_s=deadline_s,
-            ledger=record.claims[site].ledger if site in record.claims else None,
+            ledger=record.head_of(site),
         )
+
+    def refused(self, record: Record, answer: Answer) -> Record:
+        """Note that the site itself refuses, with where its ledger ends if it has signed that."""
+        site = answer.site
+        head = signed_head(self.run, self.request(record, site, 1.0), answer)
+        if head is not None:
+            record = record.seen(site, head)
+        return self.failed_at(record, site, answer.code if answer.code in CODES else "internal")
 
     def failed_at(self, record: Record, site: str, code: str) -> Record:
         self.events.add("site-failed", round=record.round, site=site, code=code)
@@ -267,7 +260,9 @@ class _Loop:
 
     def take(self, record: Record, receipt: Receipt) -> Record:
         """Count `receipt`, or refuse it and have the site asked again."""
-        site = receipt.site
+        site, claim = receipt.site, receipt.manifest.privacy
+        if claim is not None:
+            record = record.seen(site, claim.ledger)
         try:
             counted = self.checked(record, receipt)
         except RefusedError as error:
@@ -275,14 +270,7 @@ class _Loop:
             receipts.drop(self.run, record.round, site)
             self.asked.setdefault(site, _Asked()).again(time.monotonic())
             return self.failed_at(record, site, error.code)
-        claims = {site: counted.privacy} if counted.privacy is not None else {}
-        record = self.write(
-            record.with_(
-                receipts={**record.receipts, site: counted},
-                labels={**record.labels, site: counted.labels},
-                claims={**record.claims, **claims},
-            )
-        )
+        record = self.write(record.counting(site, counted))
         self.events.add("receipt", round=record.round, site=site)
         return record
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rin.common import keys
-from rin.common.errors import StateError
+from rin.common.errors import CODES, StateError
 from rin.common.events import read_events
 from rin.common.files import lock, read_json
 from rin.common.plan import plan_digest, read_plan
@@ -49,12 +49,21 @@ def status(run: RunDir) -> dict[str, Any]:
                 "online": online.get(site, False) and _running(run),
                 "updates": sum(site in record.receipts for record in records),
                 "refused": dict(Counter(f.code for record in records for f in record.failures if f.site == site)),
+                "why": _why(records, site),
             }
             for site in sorted({*plan.sites, *admitted})
         },
         "rounds": [_row(record) for record in records],
         "validation": _validation(records),
     }
+
+
+def _why(records: Sequence[Record], site: str) -> str:
+    """Why the newest round has no update of `site`, in words; empty where it has one, or nobody knows."""
+    if not records or site in records[-1].receipts:
+        return ""
+    codes = [failure.code for failure in records[-1].failures if failure.site == site]
+    return CODES.get(codes[-1], codes[-1]) if codes else ""
 
 
 def _validation(records: Sequence[Record]) -> dict[str, Any] | None:
@@ -113,6 +122,9 @@ def print_status(facts: dict[str, Any], *, rounds: int = 10) -> None:
         words = ("yes" if site[key] else "no" for key in ("admitted", "online"))
         sites.add_row(name, *words, str(site["updates"]), refused or "-")
     console.print(sites)
+    for name, site in facts["sites"].items():
+        if site["why"]:
+            console.print(f"round {facts['rounds'][-1]['round']} without {name}: {site['why']}")
     rows = Table("round", "state", "seconds", "counted", "missing", "reason", box=None, pad_edge=False)
     for row in facts["rounds"][-rounds:]:
         lists = (", ".join(row[key]) or "-" for key in ("counted", "missing"))

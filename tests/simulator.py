@@ -27,14 +27,15 @@ from rin.client.ingest.cache import SIDE, Cache
 from rin.client.ingest.catalog import Catalog, ImageRow
 from rin.client.trainer import Trainer
 from rin.common import backbones, keys
-from rin.common.errors import RinError
+from rin.common.errors import RefusedError, RinError
 from rin.common.files import read_json, write_atomic, write_json
 from rin.common.labels import label_set, label_set_digest
 from rin.common.layout import file_digest
 from rin.common.plan import Plan, parse_plan, plan_digest
-from rin.common.wire import Manifest, Request
+from rin.common.wire import Manifest, Request, SignedRefusal, from_bytes
 from rin.server import members, rounds
 from rin.server.carrier import FileCarrier
+from rin.server.port import Answer
 from rin.server.record import Record, last_record, read_record
 from rin.server.rundir import RunDir
 
@@ -172,6 +173,7 @@ class LocalPort:
         away: sites that cannot be reached.
         before: called with (request) before the site begins; it may raise RinError, or return a code to answer with.
         forge: makes another file of the update that a site is about to send; its manifest is signed anew.
+        renote: the note that takes the place of the one that comes with an answer.
     """
 
     run: RunDir
@@ -180,6 +182,7 @@ class LocalPort:
     before: Callable[[Request], str | None] = lambda request: None
     forge: Callable[[Request, Path], None] | None = None
     relabel: Callable[[Request, Manifest], Manifest] = lambda request, manifest: manifest
+    renote: Callable[[Request, SignedRefusal | None], SignedRefusal | None] = lambda request, note: note
     pushed: list[tuple[str, int]] = field(default_factory=list)
     _queue: deque[tuple[str, Request, str, bytes]] = field(default_factory=deque)
     _trainers: dict[str, Trainer] = field(default_factory=dict)
@@ -191,10 +194,11 @@ class LocalPort:
         self.pushed.append((site, request.round))
         self._queue.append((site, request, ticket, plan))
 
-    def pull(self) -> list[tuple[str, str]]:
+    def pull(self) -> list[Answer]:
         if not self._queue:
             return []
         site, request, ticket, plan = self._queue.popleft()
+        note = None
         try:
             code = self.before(request)
             if code is None:
@@ -202,7 +206,9 @@ class LocalPort:
                 code = ""
         except RinError as error:
             code = error.code
-        return [(site, code)]
+            if isinstance(error, RefusedError) and error.note:
+                note = from_bytes(SignedRefusal, error.note)
+        return [Answer(site, code, self.renote(request, note))]
 
     def work(self, site: str, request: Request, ticket: str, plan: bytes) -> None:
         """What client/app.py does, with another carrier."""

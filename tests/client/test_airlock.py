@@ -155,7 +155,7 @@ def test_what_is_no_request_is_refused(slow: tuple[Slow, Path, SmallSite], data:
     trainer, path, _ = slow
     with Stub(path) as stub:
         events = list(stub._stub.Train(pb.TrainRequest(request=data, plan=b"")))
-    assert [event.refused for event in events] == ["bad-request"]
+    assert [event.refused for event in events] == [pb.Refused(code="bad-request")]
     assert trainer.runs == []
 
 

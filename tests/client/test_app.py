@@ -22,13 +22,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from rin.client import app as app_module
 from rin.client.airlock import serve
 from rin.client.app import NOBODY, answer, app
+from rin.client.ledger import site_ledger
 from rin.client.trainer import Trainer
 from rin.common import keys
+from rin.common.backbones import BACKBONES
 from rin.common.files import read_json, write_json
 from rin.common.keys import client_context
-from rin.common.wire import RECORD, Reply, from_bytes, train_record
-from rin.server import consortium, members, receipts, tickets
+from rin.common.wire import RECORD, Reply, from_bytes, read_reply_record, reply_record, train_record
+from rin.server import consortium as consortia
+from rin.server import members, receipts, tickets
+from rin.server.port import Answer, signed_head
 from rin.server.rundir import RunDir
+from tests.private_consortium import POLICY, consortium, request_of
+from tests.simulator import TINY
 
 if TYPE_CHECKING:
     from tests.client.conftest import SmallSite
@@ -48,7 +54,7 @@ class Coordinator:
         with socket.create_server(("127.0.0.1", 0)) as server:
             self.port = server.getsockname()[1]
         self.address = f"https://127.0.0.1:{self.port}"
-        consortium.init(self.run, plan=plan, address=self.address)
+        consortia.init(self.run, plan=plan, address=self.address)
         network = backbones.build(parse_plan(plan).model)
         write_json(self.run.layout, weight_files.layout_of(network).to_json())
         self.run.weights.mkdir()
@@ -163,6 +169,26 @@ def test_the_coordinators_refusals_and_the_trainers_are_answered_as_they_are(
         (site.home.accepted / f"{site.request().plan}.toml").unlink()
         (site.home.inbox / site.base).write_bytes(b"there is something, so nothing is fetched")
         assert answer(record, site.home).code == "plan-not-accepted"
+
+
+def test_what_the_trainer_signs_is_carried_as_it_is(
+    coordinator: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
+    monkeypatch.setenv("RIN_SOCKET", str(tmp_path / "t.sock"))
+    made = consortium(tmp_path, policy=POLICY.replace("epsilon = 50.0", "epsilon = 0.01"))
+    request, home = request_of(made), made.homes["siteA"]  # the weights are in the inbox: nothing is fetched
+    home.net.mkdir()
+    shutil.copyfile(coordinator.run.ca / "ca.crt", home.net / "ca.crt")
+    write_json(home.net / "coordinator.json", {"address": coordinator.address, "site": "siteA"})
+    server = serve(Trainer(home), tmp_path / "t.sock")
+    try:
+        reply = answer(train_record(request, ticket="1.x", plan=made.run.plan.read_bytes()), home)
+    finally:
+        server.stop(grace=None).wait()
+    assert reply.code == "budget" and reply.note is not None
+    back = read_reply_record(reply_record(reply))
+    assert signed_head(made.run, request, Answer("siteA", back.code, back.note)) == site_ledger(home).head
 
 
 @pytest.mark.parametrize("record", [{}, {"request": b"{}", "ticket": "t", "plan": b""}, {"request": "text"}])

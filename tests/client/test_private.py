@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rin.client.ingest.pseudonyms import site_pseudonyms
 from rin.client.join import plan_summary
 from rin.client.ledger import site_ledger
 from rin.client.private import claim, row_of
@@ -22,15 +21,11 @@ from rin.common.accountant import epsilon
 from rin.common.errors import RefusedError, RinError, StateError
 from rin.common.files import read_json
 from rin.common.ledger import debits
-from rin.common.plan import parse_plan, plan_digest
+from rin.common.plan import parse_plan
 from rin.common.weights import read_facts
 from rin.common.wire import Manifest, Request, from_bytes
-from tests.simulator import RUN_ID, Consortium, Images, make, plan_text, quicken, record_of, stripes
-
-SITES = ("siteA", "siteB", "siteC")
-ROWS = (0, 1, 2, 3)
-PRIVACY = {"mode": "patient", "sigma": 1.0, "clip": 1.0, "patients": 6, "images": 2}
-POLICY = 'privacy = "required"\npatients = 60\nmin-patients = 20\nepsilon = 50.0\ndelta = 1e-3\nmax-rate = 0.5\n'
+from tests.private_consortium import POLICY, SITES, consortium, private_plan, request_of
+from tests.simulator import Consortium, quicken, record_of
 
 
 @pytest.fixture(autouse=True)
@@ -38,48 +33,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quicken(monkeypatch)
 
 
-def private_plan(**tables: dict[str, Any]) -> bytes:
-    given = {
-        "model": {"norm": "group"},
-        "training": {"rounds": 2, "local_steps": 5},
-        "privacy": {**PRIVACY, "delta": 1e-2},
-    }
-    for name, table in tables.items():
-        given[name] = {**given.get(name, {}), **table}
-    return plan_text(SITES, **given).replace(b"[sites]", b"metrics = []\n[sites]", 1)
-
-
-def consortium(root: Path, *, policy: str = POLICY, n: int = 120, **tables: dict[str, Any]) -> Consortium:
-    images: dict[str, list[Images]] = {site: [stripes(ROWS, n, seed)] for seed, site in enumerate(SITES)}
-    made = make(root, images, dict.fromkeys(SITES, ROWS), private_plan(**tables))
-    for home in made.homes.values():
-        text = home.site_toml.read_text()
-        home.site_toml.write_text(text[: text.index("[policy]")] + "[policy]\n" + policy)
-        site_pseudonyms(home.pseudonym_key, create=True)
-        site_ledger(home).create()
-    return made
-
-
 def manifest_of(made: Consortium, site: str, request: Request) -> Manifest:
     paper = keys.decode(read_json(made.homes[site].outbox / f"{request.id}.json")["manifest"])
     assert paper is not None
     return from_bytes(Manifest, paper)
-
-
-def request_of(made: Consortium, site: str = "siteA", **changes: Any) -> Request:
-    """A first request, with the global weights in the site's inbox."""
-    from rin.server import checkpoints, tickets
-    from rin.server.carrier import FileCarrier
-
-    digest = plan_digest(made.run.plan.read_bytes())
-    checkpoints.begin(made.run, made.plan, digest)
-    base = checkpoints.digest_of(made.run, 0)
-    ticket = tickets.issue(made.run, 1, site, plan=digest, base=base)
-    home = made.homes[site]
-    home.inbox.mkdir(parents=True, exist_ok=True)
-    FileCarrier(made.run).fetch(base, ticket, home.inbox / base)
-    facts = {"run": RUN_ID, "round": 1, "site": site, "plan": digest, "base": base, "deadline_s": 60.0}
-    return Request.model_validate(facts | changes)
 
 
 def train(made: Consortium, request: Request, cancelled: Callable[[], str] = lambda: "") -> None:
@@ -175,12 +132,30 @@ def test_the_round_that_would_cross_the_ceiling_is_refused_before_its_first_step
 
 
 def test_the_federation_goes_on_without_a_site_whose_budget_is_spent(tmp_path: Path) -> None:
-    made = consortium(tmp_path, policy=POLICY + "min-sites = 2\n", limits={"min_sites": 2, "quorum": 2, "retries": 0})
+    made = consortium(tmp_path, policy=POLICY + "min-sites = 2\n", limits={"min_sites": 2, "quorum": 2, "retries": 5})
     text = made.homes["siteB"].site_toml.read_text()
     made.homes["siteB"].site_toml.write_text(text.replace("epsilon = 50.0", "epsilon = 0.01"))
-    made.go()
-    assert sorted(record_of(made, 2).receipts) == ["siteA", "siteC"]
-    assert {(each.site, each.code) for each in record_of(made, 2).failures} == {("siteB", "budget")}
+    port = made.go()
+    for number in (1, 2):
+        assert port.pushed.count(("siteB", number)) == 1
+        assert sorted(record_of(made, number).receipts) == ["siteA", "siteC"]
+        assert [(each.site, each.code) for each in record_of(made, number).failures] == [("siteB", "budget")]
+    assert site_ledger(made.homes["siteB"]).entries() == []
+
+
+def test_a_site_whose_ceiling_was_raised_is_in_the_next_round(tmp_path: Path) -> None:
+    made = consortium(tmp_path, policy=POLICY + "min-sites = 2\n", limits={"min_sites": 2, "quorum": 2})
+    path = made.homes["siteB"].site_toml
+    text = path.read_text()
+    path.write_text(text.replace("epsilon = 50.0", "epsilon = 0.01"))
+
+    def raised(request: Request) -> None:
+        if request.round == 2:
+            path.write_text(text)
+
+    made.go(made.port(before=raised))
+    assert "siteB" not in record_of(made, 1).receipts
+    assert sorted(record_of(made, 2).receipts) == list(SITES)
 
 
 def test_an_interrupted_round_goes_on_inside_its_debit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

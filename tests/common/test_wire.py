@@ -8,15 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rin.common import keys
+from rin.common.chain import Head
 from rin.common.errors import CODES, RefusedError
 from rin.common.files import canonical_json
 from rin.common.wire import (
     Manifest,
+    Refusal,
     Reply,
     Request,
+    SignedRefusal,
     from_bytes,
     lock_digest,
+    read_reply_record,
     read_train_record,
+    reply_record,
     train_record,
 )
 
@@ -68,6 +74,27 @@ def test_a_manifest_survives_the_wire(request: Request, metrics: dict[Any, float
     got = from_bytes(Manifest, sent.to_bytes(), code="update-manifest")
     assert got == sent and got.signed_bytes() == sent.signed_bytes()
     got.check(request)
+
+
+@given(REQUESTS, st.sampled_from(sorted(CODES)), st.integers(0, 10**9), DIGEST, st.binary(min_size=64, max_size=64))
+def test_a_signed_refusal_survives_the_wire(request: Request, code: str, count: int, head: str, raw: bytes) -> None:
+    facts = {"run": request.run, "round": request.round, "site": request.site, "request": request.id, "code": code}
+    refusal = Refusal(**facts, ledger=Head(count=count, digest=head))
+    reply = Reply(request=request.id, code=code, note=SignedRefusal(refusal=refusal, signature=keys.encode(raw)))
+    got = read_reply_record(reply_record(reply))
+    assert got == reply and got.note is not None
+    assert got.note.refusal.signed_bytes() == b"rin-refusal-v1\n" + refusal.to_bytes()
+    assert got.note.refusal.answers(request)
+    assert not got.note.refusal.answers(request.model_copy(update={"round": request.round + 1}))
+
+
+@pytest.mark.parametrize("change", [{"code": "why not"}, {"code": "x" * 33}, {"ledger": None}, {"patients": 3}])
+def test_a_refusal_out_of_range_is_refused(change: dict[str, Any]) -> None:
+    head = {"count": 1, "digest": "e" * 64}
+    facts = {"protocol": 1, "run": "a" * 32, "round": 3, "site": "siteA", "request": "b" * 64, "code": "budget"}
+    from_bytes(Refusal, canonical_json({**facts, "ledger": head}))
+    with pytest.raises(RefusedError):
+        from_bytes(Refusal, canonical_json({**facts, "ledger": head} | change))
 
 
 @given(st.binary(max_size=200))

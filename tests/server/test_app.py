@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from rin.common.chain import Head
 from rin.common.files import write_json
-from rin.common.wire import RECORD, Reply, Request, read_train_record, reply_record
+from rin.common.wire import RECORD, Refusal, Reply, Request, SignedRefusal, read_train_record, reply_record
+from rin.server.port import Answer
 from rin.server.rundir import RunDir
 from rin.server.superlink import nodes_file
 
@@ -100,7 +102,7 @@ def test_replies_are_pulled_one_at_a_time_and_told_once(run: RunDir) -> None:
     assert port.pull() == []
     grid.answer(0)
     grid.answer(1, code="no-data")
-    assert sorted(port.pull()) == [("siteA", ""), ("siteB", "no-data")]
+    assert port.pull() == [Answer("siteA", ""), Answer("siteB", "no-data")]
     assert port.pull() == []
     assert all(len(ids) == 1 for ids in grid.pulls)
 
@@ -126,7 +128,7 @@ def test_flowers_own_errors_are_lost_messages_and_only_a_sites_failure_is_one(
     port = port_of(grid, run)
     port.push("siteA", request("siteA"), "t", PLAN)
     grid.fail(0, flower, reason)
-    assert port.pull() == [("siteA", code)]
+    assert port.pull() == [Answer("siteA", code)]
 
 
 def test_the_codes_of_flower_are_those_that_the_table_means() -> None:
@@ -145,16 +147,16 @@ def test_the_reply_to_an_older_round_is_dropped_and_a_repeat_of_the_same_is_not(
     port.push("siteA", request("siteA", 2), "t2", PLAN)
     grid.answer(0)
     grid.answer(1)
-    assert port.pull() == [("siteA", "")]
+    assert port.pull() == [Answer("siteA", "")]
     grid.answer(2)
-    assert port.pull() == [("siteA", "")]
+    assert port.pull() == [Answer("siteA", "")]
 
 
 def test_a_site_that_is_gone_is_lost_at_the_next_pull(run: RunDir) -> None:
     port = port_of(Grid(), run)
     port.push("siteA", request("siteA"), "t", PLAN)
     port.push("nobody", request("nobody"), "t", PLAN)
-    assert port.pull() == [("siteA", "lost"), ("nobody", "lost")]
+    assert port.pull() == [Answer("siteA", "lost"), Answer("nobody", "lost")]
     assert port.pull() == []
 
 
@@ -164,10 +166,21 @@ def test_what_is_no_reply_of_ours_is_a_bad_one_and_its_text_is_not_taken(run: Ru
     for record in ({"reply": b"{}"}, {"reply": "text"}, {"x": 1}):
         port.push("siteA", request("siteA"), "t", PLAN)
         grid.answer(len(grid.sent) - 1, record=record)
-        assert port.pull() == [("siteA", "bad-request")]
+        assert port.pull() == [Answer("siteA", "bad-request")]
     port.push("siteA", request("siteA"), "t", PLAN)
     grid.answer(len(grid.sent) - 1, request="d" * 64)
-    assert port.pull() == [("siteA", "bad-request")]
+    assert port.pull() == [Answer("siteA", "bad-request")]
     port.push("siteA", request("siteA"), "t", PLAN)
     grid.answer(len(grid.sent) - 1, code="patient 12345")
-    assert port.pull() == [("siteA", "internal")]
+    assert port.pull() == [Answer("siteA", "internal")]
+
+
+def test_a_note_comes_with_its_reply(run: RunDir) -> None:
+    grid, asked = Grid(11), request("siteA")
+    port = port_of(grid, run)
+    port.push("siteA", asked, "t", PLAN)
+    head = Head(count=3, digest="e" * 64)
+    facts = {"run": asked.run, "round": 1, "site": "siteA", "request": asked.id, "code": "budget", "ledger": head}
+    note = SignedRefusal(refusal=Refusal.model_validate(facts), signature="A" * 86 + "==")
+    grid.answer(0, record=reply_record(Reply(request=asked.id, code="budget", note=note)))
+    assert port.pull() == [Answer("siteA", "budget", note)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rin.common.backbones import Network, initial
-from rin.common.errors import RefusedError, StateError
+from rin.common.errors import CODES, RefusedError, StateError
 from rin.common.events import read_events
 from rin.common.files import read_json, write_json
 from rin.common.layout import Layout
@@ -16,7 +16,8 @@ from rin.common.weights import read_facts, read_into
 from rin.common.wire import Manifest, Request
 from rin.server import checkpoints, members, receipts, rounds, tickets
 from rin.server.aggregate import inspect
-from rin.server.record import Record, last_record, write_record
+from rin.server.port import Answer
+from rin.server.record import UNTIL_A_PERSON_ACTS, Record, last_record, write_record
 from tests import simulator
 from tests.simulator import Consortium, final, quicken, record_of, rewrite, small
 
@@ -131,12 +132,35 @@ def test_fedadam_steps_parameters_and_leaves_variances_positive(tmp_path: Path) 
 
 def test_a_failing_site_is_asked_again_and_then_given_up(tmp_path: Path) -> None:
     made = small(tmp_path, training={"rounds": 1}, limits={"quorum": 2, "min_sites": 2, "retries": 2})
-    port = made.go(made.port(before=lambda request: "no-data" if request.site == "siteB" else None))
+    port = made.go(made.port(before=lambda request: "memory" if request.site == "siteB" else None))
     assert port.pushed.count(("siteB", 1)) == 3
     record = record_of(made, 1)
-    assert [(each.site, each.code) for each in record.failures] == [("siteB", "no-data")] * 3
+    assert [(each.site, each.code) for each in record.failures] == [("siteB", "memory")] * 3
     assert sorted(record.receipts) == ["siteA", "siteC"]
     assert kinds(made).count("site-failed") == 3
+
+
+@pytest.mark.parametrize("code", ["budget", "plan-not-accepted"])
+def test_what_only_a_person_can_change_is_not_asked_again_before_the_next_round(tmp_path: Path, code: str) -> None:
+    assert code in UNTIL_A_PERSON_ACTS <= set(CODES)
+    made = small(tmp_path, limits={"quorum": 2, "min_sites": 2, "retries": 5})
+    port = made.go(made.port(before=lambda request: code if request.site == "siteB" else None))
+    assert [site for site, _ in port.pushed].count("siteB") == 2
+    for number in (1, 2):
+        assert port.pushed.count(("siteB", number)) == 1
+        assert [(each.site, each.code) for each in record_of(made, number).failures] == [("siteB", code)]
+        assert sorted(record_of(made, number).receipts) == ["siteA", "siteC"]
+
+
+def test_a_refusal_that_leaves_too_few_sites_fails_the_round_aloud_and_the_next_start_asks_once_more(
+    tmp_path: Path,
+) -> None:
+    made = small(tmp_path, training={"rounds": 1}, limits={"retries": 5})
+    with pytest.raises(StateError, match=r"2 of 3 updates arrived; missing: siteB \(budget\)"):
+        made.go(made.port(before=lambda request: "budget" if request.site == "siteB" else None))
+    port = made.go()
+    assert port.pushed == [("siteB", 1)]
+    assert final(made) == record_of(made, 1).weights
 
 
 def test_lost_messages_do_not_count_and_unknown_codes_are_internal(tmp_path: Path) -> None:
@@ -183,7 +207,7 @@ def test_a_request_that_fell_silent_with_its_site_is_sent_again(tmp_path: Path) 
     port = made.port()
     real, silenced = port.pull, []
 
-    def pull() -> list[tuple[str, str]]:
+    def pull() -> list[Answer]:
         if port._queue and port._queue[0][0] == "siteA" and not silenced:
             silenced.append(port._queue.popleft())
             port.away.add("siteA")

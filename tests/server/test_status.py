@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rin.common.errors import StateError
+from rin.common.errors import CODES, StateError
 from rin.common.events import Events
 from rin.common.files import lock
 from rin.common.labels import label_set_digest
@@ -39,11 +39,15 @@ def test_status_counts_updates_and_refusals(run: RunDir, capsys: pytest.CaptureF
     facts = status(run)
     assert json.loads(json.dumps(facts)) == facts
     assert facts["coordinator"]["state"] == "stopped"
-    assert facts["sites"]["siteA"] == {"admitted": False, "online": False, "updates": 1, "refused": {}}
+    assert facts["sites"]["siteA"] == {"admitted": False, "online": False, "updates": 1, "refused": {}, "why": ""}
     assert facts["sites"]["siteB"]["refused"] == {"disk-full": 2}
+    assert facts["sites"]["siteB"]["why"] == CODES["disk-full"]
     assert facts["rounds"][0]["missing"] == ["siteB"]
     print_status(facts)
-    assert "disk-full 2" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "disk-full 2" in shown
+    assert f"round 1 without siteB: {CODES['disk-full']}" in shown
+    assert "without siteA" not in shown
 
 
 def test_figures_on_held_out_patients_are_shown(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
