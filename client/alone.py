@@ -1,30 +1,37 @@
 """`rin-client train`: the plan's rounds at one site alone, without coordinator, keys or network, from a folder.
 
 A round is what it is in a federation of this one site, to the bit: the same local steps with the same draws, then the
-global weights plus the update, in float32. The coordinator's optimizer (`strategy`) has no part in it.
+global weights plus the update, in float32. The coordinator's optimizer (`strategy`) has no part in it. A round of a
+private plan is debited in the site's ledger before its first step, and held to what the site's policy says of privacy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from rin.client import policy
 from rin.client.data import TrainingData
-from rin.client.folder import LOCK, Folder
+from rin.client.folder import ELSEWHERE, LOCK, Folder
 from rin.client.home import Home
 from rin.client.norms import LocalNorms
 from rin.client.parallel import SNAPSHOT
+from rin.client.private import Round, private_steps
 from rin.client.site import Site, read_site
 from rin.client.training import images_of, limit_memory, local_steps, room
-from rin.common.errors import ConfigError, RefusedError
-from rin.common.files import lock, read_json, write_atomic, write_json
+from rin.common import statement
+from rin.common.errors import ConfigError, RefusedError, StateError
+from rin.common.files import canonical_json, lock, make_dir, read_json, write_atomic, write_json
 from rin.common.labels import label_set
 from rin.common.plan import Plan, parse_plan, plan_digest
 
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
 
 DIGITS: Final = 6  # of a figure
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+RUN: Final = re.compile(r"[0-9a-f]{32}")
 Figures = dict[str, Any]
 
 
@@ -69,15 +77,23 @@ def train(
     Raises:
         ConfigError: plan, site.toml or weights do not fit each other.
         StateError: `out` holds another training, a damaged one or anything else, or another process trains in it;
-            nothing was ingested.
-        RefusedError: no-data, not-finite, memory, device, disk-full, or what `cancelled` gives.
+            nothing was ingested; the ledger is not what it was.
+        RefusedError: no-data, not-finite, memory, device, disk-full, or what `cancelled` gives; policy or budget, of a
+            private plan.
     """
     plan, site, folder = parse_plan(data), read_site(home), Folder(out)
     if normalisation is not None and weights is None:
         raise ConfigError("--normalisation is about the file of --weights", step="name that file too, or leave it out")
+    private = plan.privacy.mode == "patient"
+    if private:
+        policy.refuse(policy.check_private(plan, plan_digest(data), site))
     folder.take()
     try:
-        with lock(out / LOCK, holder="rin-client train", shown=False):
+        with contextlib.ExitStack() as held:
+            held.enter_context(lock(out / LOCK, holder="rin-client train", shown=False))
+            if private:  # two copies of one folder must not train one round side by side
+                make_dir(home.alone, private=True)
+                held.enter_context(lock(home.alone / LOCK, holder="private rin-client train", shown=False))
             images = images_of(home, site)
             if images.n_images == 0:
                 raise RefusedError("no-data", step="ingest, or declare labels that the catalog holds")
@@ -102,6 +118,16 @@ class _Alone:
     images: TrainingData
     progress: Callable[[int, int], None]
     cancelled: Callable[[], str]
+    run: str = ""  # of a private plan: what its debits name
+
+    @property
+    def private(self) -> bool:
+        return self.plan.privacy.mode == "patient"
+
+    @property
+    def work(self) -> Path:
+        """Where a round keeps its snapshot."""
+        return self.home.alone / self.run if self.private else self.folder.work
 
     def begin(self, data: bytes, path: Path | None, normalisation: str | None) -> None:
         """See that the folder is this training's; make it, with the first weights, where it is new."""
@@ -118,8 +144,14 @@ class _Alone:
             network = _first(self.plan, path, normalisation)
             wanted["weights"] = _digest(network)
             if new:
-                self._make(network, data, wanted, start=wanted["weights"] if path else "")
+                run = {"run": secrets.token_hex(16)} if self.private else {}
+                self._make(network, data, wanted | run, start=wanted["weights"] if path else "")
         self.folder.agree(wanted)
+        if self.private:
+            self.run = str(self.folder.said().get("run", ""))
+            if not RUN.fullmatch(self.run):
+                raise StateError(f"{self.folder.facts} does not say which run its debits name", step=ELSEWHERE)
+            make_dir(self.work, private=True)
 
     def _make(self, network: Network, data: bytes, wanted: dict[str, Any], *, start: str) -> None:
         """Write the start; the file that says what the folder is comes last."""
@@ -144,12 +176,15 @@ class _Alone:
         network = backbones.build(self.plan.model)
         layout = layout_of(network)
         last = self.folder.last()
-        self.folder.verify(last, self.digest, repeatable=not self.plan.model.local_norms)
+        again = "for another debit" if self.private else "to the same bits"
+        self.folder.verify(last, self.digest, again="" if self.plan.model.local_norms else again)
         if last:
             self._figures(network, layout, last, on_round)
         for round in range(last + 1, self.plan.training.rounds + 1):
             self._round(network, layout, round)
             self._figures(network, layout, round, on_round)
+        if self.private:
+            shutil.rmtree(self.work, ignore_errors=True)
         return self.folder.checkpoint(self.plan.training.rounds)
 
     def _round(self, network: Network, layout: Layout, round: int) -> None:
@@ -164,8 +199,23 @@ class _Alone:
         norms = self._norms()
         if norms is not None:
             norms.bring(network, round)
-        steps = self.plan.training.local_steps
-        before, total = (round - 1) * steps, self.plan.training.rounds * steps
+        said = self._private_steps(network, round) if self.private else self._local_steps(network, round)
+        if norms is not None:
+            norms.keep(network, round)
+        local = _copies(network, layout)
+        after = [np.add(base[name], np.subtract(local[name], base[name])) for name in local]
+        sha = hashlib.sha256()
+        for values in after:
+            sha.update(values.data)
+        start = str(weights.read_facts(self.folder.checkpoint(0)).get("start", ""))
+        facts = self._facts(round, start) | said | {"weights": sha.hexdigest()}
+        weights.write_tensors(self.folder.checkpoint(round), layout, after, facts=facts)
+        self.folder.tidy(self.plan.retention.checkpoints)
+        if self.private:  # whoever puts an older folder back trains the round anew, for another debit
+            (self.work / SNAPSHOT).unlink(missing_ok=True)
+
+    def _local_steps(self, network: Network, round: int) -> dict[str, Any]:
+        """Train without protection; nothing that the checkpoint says beside the rest."""
         result = local_steps(
             network,
             self.images,
@@ -173,23 +223,38 @@ class _Alone:
             self.site,
             home=self.home,
             round=round,
-            folder=self.folder.work,
+            folder=self.work,
             name=f"{self.digest} {round}",
-            progress=lambda step, _: self.progress(before + step, total),
+            progress=self._progress(round),
             cancelled=self.cancelled,
         )
-        if norms is not None:
-            norms.keep(network, round)
         write_json(self.folder.work / "trained.json", {"round": round, **_shares(result.metrics)})
-        local = _copies(network, layout)
-        after = [np.add(base[name], np.subtract(local[name], base[name])) for name in local]
-        sha = hashlib.sha256()
-        for values in after:
-            sha.update(values.data)
-        start = str(weights.read_facts(self.folder.checkpoint(0)).get("start", ""))
-        facts = self._facts(round, start) | {"weights": sha.hexdigest()}
-        weights.write_tensors(self.folder.checkpoint(round), layout, after, facts=facts)
-        self.folder.tidy(self.plan.retention.checkpoints)
+        return {}
+
+    def _private_steps(self, network: Network, round: int) -> dict[str, Any]:
+        """Train privately, debited first; what the checkpoint may then say of its patients."""
+        from rin.common.weights import read_facts
+
+        base = read_facts(self.folder.checkpoint(round - 1))["weights"]
+        named = ["alone", self.run, self.digest, round, base, self.site.site]
+        request = hashlib.sha256(canonical_json(named)).hexdigest()
+        claim = private_steps(
+            network,
+            self.images,
+            self.plan,
+            self.site,
+            home=self.home,
+            round=Round(self.run, round, self.digest, request),
+            folder=self.work,
+            progress=self._progress(round),
+            cancelled=self.cancelled,
+        )
+        return statement.facts({self.site.site: claim})
+
+    def _progress(self, round: int) -> Callable[[int, int], None]:
+        steps = self.plan.training.local_steps
+        before, total = (round - 1) * steps, self.plan.training.rounds * steps
+        return lambda step, _: self.progress(before + step, total)
 
     def _see_room(self, layout: Layout) -> None:
         """Refuse a round that would not find its place on the disk.
@@ -197,10 +262,11 @@ class _Alone:
         Raises:
             RefusedError: disk-full.
         """
-        there = self.folder.work / SNAPSHOT  # of a round that was cut short
+        there = self.work / SNAPSHOT  # of a round that was cut short
         needed = room(self.plan, self.site, layout) + layout.file_bytes  # and the checkpoint
         needed -= there.stat().st_size if there.exists() else 0
-        left = shutil.disk_usage(self.folder.root).free - needed
+        places = (self.folder.root, self.work) if self.private else (self.folder.root,)
+        left = min(shutil.disk_usage(path).free for path in places) - needed
         if left < self.site.device.disk_reserve_gib * 2**30:
             raise RefusedError("disk-full", "less than device.disk-reserve-gib would be left", step="free some space")
 
@@ -209,22 +275,34 @@ class _Alone:
         lines = self.folder.lines()
         if round in lines:
             return
+        figures = self._spent(round) if self.private else self._measured(network, layout, round)
+        new = json.dumps({"round": round, **figures}, sort_keys=True, allow_nan=False)
+        text = "".join(f"{line}\n" for line in [*lines.values(), new])
+        write_atomic(self.folder.figures, text.encode())
+        on_round({"round": round, **figures})
+
+    def _spent(self, round: int) -> Figures:
+        """What the ledger had come to with a private round: no other figure of one is computed from patients."""
+        from rin.common.weights import read_facts
+
+        claim = read_facts(self.folder.checkpoint(round))["privacy_sites"][self.site.site]
+        return {"epsilon": claim["epsilon"], "delta": claim["delta"]}
+
+    def _measured(self, network: Network, layout: Layout, round: int) -> Figures:
+        """Of a round that is not private: the training batches, and the held-out patients."""
         from rin.common import weights
 
         weights.read_into(network, self.folder.checkpoint(round), layout)
         norms = self._norms()
         if norms is not None:
             norms.bring(network, round + 1)
-        figures: Figures = {"round": round}
+        figures: Figures = {}
         trained = read_json(self.folder.work / "trained.json")
         if trained.pop("round") == round:
             figures["training"] = trained
         if validation := self._validation(network):
             figures["validation"] = validation
-        new = json.dumps(figures, sort_keys=True, allow_nan=False)
-        text = "".join(f"{line}\n" for line in [*lines.values(), new])
-        write_atomic(self.folder.figures, text.encode())
-        on_round(figures)
+        return figures
 
     def _validation(self, network: Network) -> Figures:
         """Loss, top-1, top-5 and macro AUC on the held-out patients; empty where there are none."""
@@ -258,7 +336,8 @@ class _Alone:
 
         facts = checkpoint.facts_of(self.plan, plan_digest=self.digest, round=round, updates={})
         names = [label_set()[row].name for row in self.site.labels.rows()] if round else []
-        return facts | {"privacy": checkpoint.ALONE, "site": self.site.site, "trained_labels": names, "start": start}
+        privacy = {} if self.private else {"privacy": checkpoint.ALONE}
+        return facts | privacy | {"site": self.site.site, "trained_labels": names, "start": start}
 
 
 def _first(plan: Plan, path: Path | None, normalisation: str | None) -> Network:

@@ -243,6 +243,8 @@ def _round_line(figures: dict[str, Any]) -> str:
     for name in ("training", "validation"):
         if found := figures.get(name):
             parts.append(f"{name} " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+    if "epsilon" in figures:
+        parts.append(f"epsilon {figures['epsilon']} at delta {figures['delta']:g}, all that the ledger holds")
     return "; ".join(parts)
 
 

@@ -35,7 +35,10 @@ class Folder:
 
     @property
     def facts(self) -> Path:
-        """Which training this is: digests of the plan and of the first weights, site, labels, whether it holds out."""
+        """Which training this is: digests of the plan and of the first weights, site, labels, whether it holds out.
+
+        Of a private plan also the run, 32 hex digits, which its debits name.
+        """
         return self.root / "train.json"
 
     @property
@@ -114,11 +117,11 @@ class Folder:
         found = (CHECKPOINT.fullmatch(path.name) for path in self.root.glob("checkpoints/round-*"))
         return [int(match[1]) for match in found if match]
 
-    def verify(self, round: int, plan: str, *, repeatable: bool) -> None:
+    def verify(self, round: int, plan: str, *, again: str) -> None:
         """See that the checkpoint of `round` is whole and of the plan with the digest `plan`.
 
         Args:
-            repeatable: whether the round can be trained again from the one before.
+            again: at what price a round can be trained again from the one before; empty where it cannot.
 
         Raises:
             StateError: it is not.
@@ -136,8 +139,9 @@ class Folder:
             good = False
         if good:
             return
-        again = f"delete it: the same command trains round {round} again, to the same bits"
-        step = again if round and repeatable else "restore it from a backup, or begin again in another --out"
+        step = "restore it from a backup, or begin again in another --out"
+        if round and again:
+            step = f"delete it: the same command trains round {round} again, {again}"
         raise StateError(f"{path} is damaged, or not of this training", step=step)
 
     def lines(self) -> dict[int, str]:
@@ -161,7 +165,7 @@ class Folder:
 
         Nothing goes that training has not made.
         """
-        for path in self.work.iterdir():
+        for path in self.work.iterdir() if self.work.is_dir() else ():
             if ROUND.fullmatch(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self.root.glob("checkpoints/.round-*"):

@@ -62,6 +62,14 @@ class Home:
         return self.root / "vault" / "jobs"
 
     @property
+    def alone(self) -> Path:
+        """Per private training alone: the snapshot of its round.
+
+        It is not with that training's checkpoints: a copy of theirs would go on a second time inside one debit.
+        """
+        return self.root / "vault" / "alone"
+
+    @property
     def norms(self) -> Path:
         """Per run: the site's own norm layers, where the plan says local-norms."""
         return self.root / "vault" / "norms"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +10,7 @@ from rin.client.site import Site
 from rin.common.errors import ConfigError, RefusedError
 from rin.common.labels import label_set_digest
 from rin.common.plan import FigureName, Plan, parse_plan, plan_digest
+from rin.common.settings import load_toml
 
 MAX_PLAN: Final = 256 << 10  # bytes; a plan of a thousand sites stays below
 
@@ -173,7 +173,23 @@ def check(plan: Plan, digest: str, site: Site, accepted: Set[str], *, patients: 
     if plan.privacy.mode == "patient":
         patients = site.policy.patients or 0
     facts = Facts(plan, digest, site, accepted, patients)
-    rules = (*RULES, *PRIVATE_RULES) if facts.private else RULES
+    return _broken((*RULES, *PRIVATE_RULES) if facts.private else RULES, facts)
+
+
+def check_private(plan: Plan, digest: str, site: Site) -> list[Reason]:
+    """Every reason of the privacy officer's why `site` does not train the private `plan`, wherever its weights go."""
+    facts = Facts(plan, digest, site, frozenset(), site.policy.patients or 0)
+    return _broken(PRIVATE_RULES, facts)
+
+
+def refuse(reasons: Sequence[Reason]) -> None:
+    """Raise RefusedError with the code of the first of `reasons`, if there are any; the operator reads all of them."""
+    if reasons:
+        text = "\n".join(reason.text for reason in reasons)
+        raise RefusedError(reasons[0].code, text, step="; ".join(reason.step for reason in reasons))
+
+
+def _broken(rules: Sequence[Rule], facts: Facts) -> list[Reason]:
     return [Reason(rule.code, rule.text.format(facts=facts), rule.step) for rule in rules if rule.broken(facts)]
 
 
@@ -211,7 +227,7 @@ def open_plan(data: bytes, digest: str) -> Plan:
 def _fault(data: bytes) -> str:
     """labels-mismatch if the plan names another label set than this release's, else bad-request."""
     try:
-        other = tomllib.loads(data.decode()).get("label-set")
-    except ValueError:
+        other = load_toml(data.decode(), name="plan.toml").get("label-set")
+    except (ConfigError, UnicodeDecodeError):
         return "bad-request"
     return "labels-mismatch" if isinstance(other, str) and other != label_set_digest() else "bad-request"

@@ -145,10 +145,7 @@ class Trainer:
 
     def _agree(self, plan: Plan, digest: str, site: Site, patients: int) -> None:
         """Raise RefusedError with the first reason of the site's policy; the operator reads all of them."""
-        reasons = policy.check(plan, digest, site, accepted_plans(self.home), patients=patients)
-        if reasons:
-            text = "\n".join(reason.text for reason in reasons)
-            raise RefusedError(reasons[0].code, text, step="; ".join(reason.step for reason in reasons))
+        policy.refuse(policy.check(plan, digest, site, accepted_plans(self.home), patients=patients))
 
     def _work(
         self,

@@ -16,7 +16,8 @@ NOT_COVERED: Final = (
     "a patient who is in the archives of two sites: what the sites say then adds up",
     "what a site declares by itself: its labels, its number of patients rounded down, its weight in the mean",
     "run times, the times of messages, and whether a site takes part",
-    "training or tuning on the same patients with other software, which no ledger of rin has seen",
+    "training on the same patients that no ledger has seen: with other software, without privacy, or of the weights "
+    "that a run started from",
     "images of patients that are not in training, which nothing here looks at",
 )
 UNPROTECTED: Final = (
