@@ -85,7 +85,7 @@ class Policy(Table):
     min_sites: Annotated[int, Field(ge=1)] = 3
     max_rounds: Annotated[int, Field(ge=1)] = 1_000
     # Of private training. What a step does is a function of these and the plan, never of the archive (threat T5).
-    patients: Annotated[int, Field(ge=1)] | None = None  # N as the site declares it, once, rounded down
+    patients: Annotated[int, Field(ge=1, le=10**9)] | None = None  # N as the site declares it, once, rounded down
     epsilon: Annotated[float, Field(gt=0)] = 3.0  # ceiling of all that this population's ledger holds, together
     delta: Annotated[float, Field(gt=0, lt=1e-2)] = 1e-6
     min_sigma: Annotated[float, Field(ge=0.3)] = 0.5
