@@ -73,11 +73,12 @@ TINY = backbones.BackboneRow(Tiny, 8, (8, 8, 8, 8, 8))  # type: ignore[arg-type]
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """What one site holds: uint8 (n, side, side), the labels of each image, its split."""
+    """What one site holds: uint8 (n, side, side), the labels of each image, its split, how many a patient has."""
 
     pixels: npt.NDArray[np.uint8]
     labels: Sequence[tuple[int, ...]]
     split: str = "train"
+    of_patient: int = 2
 
 
 def stripes(rows: Sequence[int], n: int, seed: int) -> Images:
@@ -125,7 +126,7 @@ def make_home(home: Home, site: str, images: Sequence[Images], declared: Sequenc
             chunk = [_full_size(pixels) for pixels in part.pixels[start : start + 256]]
             slot = cache.append([image.tobytes() for image in chunk])
             for i, image in enumerate(chunk):
-                row = _row(count, image, part.labels[start + i], part.split)
+                row = _row(count, image, part.labels[start + i], part.split, count // part.of_patient)
                 catalog.add_image(b"file %d" % count, row, slot=slot + i)
                 count += 1
     catalog.set_meta("slots", str(count))
@@ -140,9 +141,9 @@ def _full_size(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.asarray(cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST), np.uint8)
 
 
-def _row(number: int, image: npt.NDArray[np.uint8], labels: tuple[int, ...], split: str) -> ImageRow:
+def _row(number: int, image: npt.NDArray[np.uint8], labels: tuple[int, ...], split: str, owner: int) -> ImageRow:
     label = label_set()[labels[0]]
-    patient = b"patient %06d" % (number // 2)
+    patient = b"patient %06d" % owner
     digest = hashlib.sha256(image.tobytes() + b"%d" % number).digest()
     shared = dict.fromkeys(("study", "series"), patient)
     return ImageRow(
