@@ -26,9 +26,9 @@ from rin.client.folder import ELSEWHERE, LOCK, Folder
 from rin.client.home import Home
 from rin.client.norms import LocalNorms
 from rin.client.parallel import SNAPSHOT
-from rin.client.private import Round, private_steps
+from rin.client.private import Names, private_steps
 from rin.client.site import Site, read_site
-from rin.client.training import images_of, limit_memory, local_steps, room
+from rin.client.training import Work, images_of, limit_memory, local_steps, room
 from rin.common import statement
 from rin.common.errors import ConfigError, RefusedError, StateError
 from rin.common.files import canonical_json, lock, make_dir, read_json, write_atomic, write_json
@@ -199,7 +199,7 @@ class _Alone:
         norms = self._norms()
         if norms is not None:
             norms.bring(network, round)
-        said = self._private_steps(network, round) if self.private else self._local_steps(network, round)
+        said = self._train(network, round)
         if norms is not None:
             norms.keep(network, round)
         local = _copies(network, layout)
@@ -214,47 +214,25 @@ class _Alone:
         if self.private:  # whoever puts an older folder back trains the round anew, for another debit
             (self.work / SNAPSHOT).unlink(missing_ok=True)
 
-    def _local_steps(self, network: Network, round: int) -> dict[str, Any]:
-        """Train without protection; nothing that the checkpoint says beside the rest."""
-        result = local_steps(
-            network,
-            self.images,
-            self.plan,
-            self.site,
-            home=self.home,
-            round=round,
-            folder=self.work,
-            name=f"{self.digest} {round}",
-            progress=self._progress(round),
-            cancelled=self.cancelled,
-        )
-        write_json(self.folder.work / "trained.json", {"round": round, **_shares(result.metrics)})
-        return {}
-
-    def _private_steps(self, network: Network, round: int) -> dict[str, Any]:
-        """Train privately, debited first; what the checkpoint may then say of its patients."""
+    def _train(self, network: Network, round: int) -> dict[str, Any]:
+        """The local steps; what a checkpoint of private ones may say of its patients."""
         from rin.common.weights import read_facts
 
-        base = read_facts(self.folder.checkpoint(round - 1))["weights"]
-        named = ["alone", self.run, self.digest, round, base, self.site.site]
-        request = hashlib.sha256(canonical_json(named)).hexdigest()
-        claim = private_steps(
-            network,
-            self.images,
-            self.plan,
-            self.site,
-            home=self.home,
-            round=Round(self.run, round, self.digest, request),
-            folder=self.work,
-            progress=self._progress(round),
-            cancelled=self.cancelled,
-        )
-        return statement.facts({self.site.site: claim})
-
-    def _progress(self, round: int) -> Callable[[int, int], None]:
         steps = self.plan.training.local_steps
         before, total = (round - 1) * steps, self.plan.training.rounds * steps
-        return lambda step, _: self.progress(before + step, total)
+
+        def progress(step: int, _: int) -> None:
+            self.progress(before + step, total)
+
+        work = Work(self.home, self.plan, self.site, self.images, round, self.work, progress, self.cancelled)
+        if not self.private:
+            result = local_steps(network, work, name=f"{self.digest} {round}")
+            write_json(self.folder.work / "trained.json", {"round": round, **_shares(result.metrics)})
+            return {}
+        base = read_facts(self.folder.checkpoint(round - 1))["weights"]
+        named = canonical_json(["alone", self.run, self.digest, round, base, self.site.site])
+        names = Names(self.run, self.digest, hashlib.sha256(named).hexdigest())
+        return statement.facts({self.site.site: private_steps(network, work, names)})
 
     def _see_room(self, layout: Layout) -> None:
         """Refuse a round that would not find its place on the disk.

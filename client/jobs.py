@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rin.client.home import Home
+from rin.common.egress import UpdateFacts
 from rin.common.errors import RefusedError, StateError
 from rin.common.files import BLOCK, publish, read_json, write_json
 from rin.common.layout import Layout, file_digest
@@ -41,6 +42,32 @@ class Stored(BaseModel):
     metrics: dict[MetricName, float]
     scores: tuple[GroupScores, ...] = ()
     privacy: Claim | None = None
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        update: UpdateFacts,
+        *,
+        steps: int,
+        labels: tuple[int, ...],
+        scores: tuple[GroupScores, ...],
+        metrics: dict[MetricName, float] | None = None,
+        privacy: Claim | None = None,
+    ) -> Self:
+        """What is remembered of the finished `update` that answers `request`."""
+        return cls(
+            run=request.run,
+            round=request.round,
+            plan=request.plan,
+            update=update.digest,
+            norm=update.norm,
+            steps=steps,
+            labels=labels,
+            metrics=metrics or {},
+            scores=scores,
+            privacy=privacy,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rin.client import parallel
-from rin.client.data import TrainingData
 from rin.client.home import Home
 from rin.client.ledger import site_ledger
 from rin.client.site import Site
+from rin.client.training import Work
 from rin.common import egress, keys
 from rin.common.chain import MECHANISM
 from rin.common.errors import RefusedError, RinError
@@ -35,11 +35,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    """What a debit is for: `request` names one site's work in one round of one plan from one base."""
+class Names:
+    """What a debit is for: run, digest of the plan, and the site's work in one round of it from one base."""
 
     run: str
-    number: int
     plan: str
     request: str
 
@@ -90,26 +89,14 @@ def gate(plan: Plan, site: Site) -> Callable[[Sequence[Entry]], None]:
     return allow
 
 
-def private_steps(
-    network: Network,
-    images: TrainingData,
-    plan: Plan,
-    site: Site,
-    *,
-    home: Home,
-    round: Round,
-    folder: Path,
-    progress: Callable[[int, int], None],
-    cancelled: Callable[[], str],
-) -> Claim:
+def private_steps(network: Network, work: Work, names: Names) -> Claim:
     """Train `network`, which holds the weights that the round starts from, in place; the round is debited first.
 
     An interrupted round goes on from its snapshot with new randomness and inside its debit. Where the snapshot is lost,
     the round begins anew and costs another one.
 
     Args:
-        folder: of this round's own; it keeps the snapshot.
-        progress, cancelled: as for `rin.client.training.local_steps`.
+        work: its folder is of this round's own.
 
     Raises:
         LedgerError: the ledger is not what it was; nothing is trained then.
@@ -119,39 +106,40 @@ def private_steps(
     from rin.common.private import fit_private
     from rin.common.snapshots import Snapshots
 
-    if not images.patients_known:
+    if not work.images.patients_known:
         raise RefusedError("policy", "the archive names no patients, so nobody can be protected as one")
-    ledger, path = site_ledger(home), folder / parallel.SNAPSHOT
-    attempt = _attempt(ledger, path, round.request) or secrets.token_hex(16)
+    plan, site = work.plan, work.site
+    ledger, path = site_ledger(work.home), work.folder / parallel.SNAPSHOT
+    attempt = _attempt(ledger, path, names.request) or secrets.token_hex(16)
 
     def charge() -> None:
         if attempt not in {debit.attempt for debit in debits(ledger.entries())}:
-            ledger.debit(_debit(plan, site, round, attempt), gate(plan, site))
+            ledger.debit(_debit(work, names, attempt), gate(plan, site))
 
     try:
         skipped = fit_private(
             network,
-            images,
+            work.images,
             plan,
             mechanism_of(plan, site),
             rows=site.labels.rows(),
             exhaustive_rows=site.labels.exhaustive_rows(),
-            round=round.number,
+            round=work.round,
             device=fit.pick_device(site.device.name),
             threads=site.device.threads,
             charge=charge,
-            progress=progress,
-            cancelled=lambda: bool(cancelled()),
-            snapshots=Snapshots(path, _name(round.request, attempt)),
+            progress=work.progress,
+            cancelled=lambda: bool(work.cancelled()),
+            snapshots=Snapshots(path, _name(names.request, attempt)),
         )
     except RefusedError as error:
         if error.code == "cancelled":
-            raise RefusedError(cancelled() or error.code) from None
+            raise RefusedError(work.cancelled() or error.code) from None
         raise
     if skipped:
         log.warning("%d drawn patients gave no finite gradient and were left out", skipped)
     found = claim(ledger, site)
-    _show(home, ledger, found, plan, site)
+    _show(work.home, ledger, found, plan, site)
     return found
 
 
@@ -216,13 +204,14 @@ def _patients(site: Site) -> int:
     return site.policy.patients
 
 
-def _debit(plan: Plan, site: Site, round: Round, attempt: str) -> Debit:
+def _debit(work: Work, names: Names, attempt: str) -> Debit:
+    plan, site = work.plan, work.site
     row = row_of(plan, site)
     return Debit(
-        run=round.run,
-        round=round.number,
-        plan=round.plan,
-        request=round.request,
+        run=names.run,
+        round=work.round,
+        plan=names.plan,
+        request=names.request,
         attempt=attempt,
         sigma=row.sigma,
         rate=row.rate,

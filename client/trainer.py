@@ -24,9 +24,9 @@ from rin.client.home import Home
 from rin.client.jobs import Jobs, Stored, put_out, take_in
 from rin.client.ledger import site_ledger
 from rin.client.norms import LocalNorms
-from rin.client.private import Round, private_steps, signed_refusal
+from rin.client.private import Names, private_steps, signed_refusal
 from rin.client.site import Site, read_site
-from rin.client.training import check, device_answers, images_of, limit_memory, local_steps, release_memory
+from rin.client.training import Work, check, device_answers, images_of, limit_memory, local_steps, release_memory
 from rin.common import egress, keys
 from rin.common.errors import DEVICE_STEPS, RefusedError, RinError, device_fault
 from rin.common.events import Events
@@ -34,11 +34,9 @@ from rin.common.files import write_atomic, write_json
 from rin.common.labels import label_set_digest
 from rin.common.layout import NOTHING, Layout, file_digest
 from rin.common.plan import PROTOCOL, MetricName, Plan
-from rin.common.scores import GroupScores
 from rin.common.wire import Claim, Manifest, Request, lock_digest
 
 if TYPE_CHECKING:
-    from rin.client.data import TrainingData
     from rin.common.backbones import Network
 
 log = logging.getLogger(__name__)
@@ -128,132 +126,63 @@ class Trainer:
         if request.site != site.site or request.round > plan.last_round:
             raise RefusedError("bad-request", "the request is for another site, or for a round beyond the plan")
         policy.check_start(plan, request.round, request.base)
-        images = images_of(self.home, site)
-        self._agree(plan, request.plan, site, images.n_patients)
-        private = plan.privacy.mode == "patient"
-        if private and request.ledger is not None:
+        watch = _Watch(self, request.round, plan, progress).step
+        images, folder = images_of(self.home, site), self.jobs.folder(request)
+        work = Work(self.home, plan, site, images, request.round, folder, watch, cancelled)
+        accepted = accepted_plans(self.home)
+        policy.refuse(policy.check(plan, request.plan, site, accepted, patients=images.n_patients))
+        if work.private and request.ledger is not None:
             site_ledger(self.home).require(request.ledger)
         stored = self.jobs.stored(request)
         if stored is None:
-            if images.n_images == 0 and not private:  # a private site does not say whether anybody is there
+            if images.n_images == 0 and not work.private:  # a private site does not say whether anybody is there
                 raise RefusedError("no-data")
-            trains = request.round <= plan.training.rounds
-            self.jobs.admit(request, max_rounds=site.policy.max_rounds, trains=trains)
+            self.jobs.admit(request, max_rounds=site.policy.max_rounds, trains=work.trains)
             self.jobs.prune(request)
-            stored = self._work(request, plan, site, images, progress, cancelled)
+            stored = self._work(request, work)
+            self.jobs.store(request, stored)
         return self._publish(request, site, stored)
 
-    def _agree(self, plan: Plan, digest: str, site: Site, patients: int) -> None:
-        """Raise RefusedError with the first reason of the site's policy; the operator reads all of them."""
-        policy.refuse(policy.check(plan, digest, site, accepted_plans(self.home), patients=patients))
-
-    def _work(
-        self,
-        request: Request,
-        plan: Plan,
-        site: Site,
-        images: TrainingData,
-        progress: Callable[[Progress], None],
-        cancelled: Callable[[], str],
-    ) -> Stored:
+    def _work(self, request: Request, work: Work) -> Stored:
         """Global weights in, local steps, update through the gate and onto the disk of the vault."""
         from rin.client.validation import measure
         from rin.common import weights
 
+        plan, site = work.plan, work.site
         limit_memory(site)
         network, layout = self._network(request.plan, plan)
         base, update = self.jobs.base(request), self.jobs.update(request)
         self._room_for(2 * layout.file_bytes, site)
-        wanted = partial(check, cancelled)  # whether anybody still wants the work
+        wanted = partial(check, work.cancelled)  # whether anybody still wants the work
         take_in(self.home.inbox, request.base, base, layout, between=wanted)
         weights.read_into(network, base, layout)
         norms = LocalNorms(self.home.norms / request.run) if plan.model.local_norms else None
         if norms is not None:
             norms.bring(network, request.round)
         wanted()
-        scores = measure(self.home, network, plan, site, cancelled)  # of the weights that came, before they are trained
-        if request.round > plan.training.rounds:
-            return self._figures_only(request, site, scores)
-        metrics, claim = self._local_steps(network, request, plan, site, images, progress, cancelled)
+        scores = measure(self.home, network, plan, site, work.cancelled)  # of the weights that came, before training
+        labels = site.labels.rows()
+        if not work.trains:  # the closing round is answered by an update without tensors
+            write_atomic(update, NOTHING.header())
+            facts = egress.UpdateFacts(file_digest(update), norm=0.0)
+            return Stored.of(request, facts, steps=0, labels=labels, scores=scores)
+        metrics, claim = self._local_steps(network, request, work)
         if norms is not None:
             norms.keep(network, request.round)
         weights.write_update(update, network, base, layout, between=wanted)
         wanted()
         facts = egress.check_update(update, layout, max_norm=NORM_SLACK * plan.limits.max_update_norm)
-        stored = Stored(
-            run=request.run,
-            round=request.round,
-            plan=request.plan,
-            update=facts.digest,
-            norm=facts.norm,
-            steps=plan.training.local_steps,
-            labels=site.labels.rows(),
-            metrics=egress.pass_metrics(metrics, policy.allowed_metrics(plan, site)),
-            scores=scores,
-            privacy=claim,
-        )
-        self.jobs.store(request, stored)
-        return stored
+        metrics = egress.pass_metrics(metrics, policy.allowed_metrics(plan, site))
+        steps = plan.training.local_steps
+        return Stored.of(request, facts, steps=steps, labels=labels, metrics=metrics, scores=scores, privacy=claim)
 
     def _local_steps(
-        self,
-        network: Network,
-        request: Request,
-        plan: Plan,
-        site: Site,
-        images: TrainingData,
-        progress: Callable[[Progress], None],
-        cancelled: Callable[[], str],
+        self, network: Network, request: Request, work: Work
     ) -> tuple[dict[MetricName, float], Claim | None]:
         """Train; figures of the batches where the plan is not private, a claim where it is."""
-        folder, private = self.jobs.folder(request), plan.privacy.mode == "patient"
-        # How many patients a private step has drawn nobody is told.
-        batch = plan.privacy.patients * plan.privacy.images if private else plan.training.batch_size
-        watch = _Watch(self, request.round, batch, progress).step
-        if private:
-            work = Round(request.run, request.round, request.plan, request.id)
-            claim = private_steps(
-                network,
-                images,
-                plan,
-                site,
-                home=self.home,
-                round=work,
-                folder=folder,
-                progress=watch,
-                cancelled=cancelled,
-            )
-            return {}, claim
-        result = local_steps(
-            network,
-            images,
-            plan,
-            site,
-            home=self.home,
-            round=request.round,
-            folder=folder,
-            name=request.id,
-            progress=watch,
-            cancelled=cancelled,
-        )
-        return result.metrics, None
-
-    def _figures_only(self, request: Request, site: Site, scores: tuple[GroupScores, ...]) -> Stored:
-        """The answer of the closing round: an update without tensors."""
-        write_atomic(self.jobs.update(request), NOTHING.header())
-        stored = Stored(
-            run=request.run,
-            round=request.round,
-            plan=request.plan,
-            update=file_digest(self.jobs.update(request)),
-            norm=0.0,
-            steps=0,
-            labels=site.labels.rows(),
-            metrics={},
-            scores=scores,
-        )
-        self.jobs.store(request, stored)
-        return stored
+        if work.private:
+            return {}, private_steps(network, work, Names(request.run, request.plan, request.id))
+        return local_steps(network, work, name=request.id).metrics, None
 
     def _network(self, digest: str, plan: Plan) -> tuple[Network, Layout]:
         """The plan's network; kept between rounds, for every value in it is overwritten by the global weights."""
@@ -347,8 +276,12 @@ class Trainer:
 class _Watch:
     """Passes on how far a round is, and writes it down now and then."""
 
-    def __init__(self, trainer: Trainer, round: int, batch_size: int, progress: Callable[[Progress], None]) -> None:
-        self._trainer, self._round, self._batch_size, self._progress = trainer, round, batch_size, progress
+    def __init__(self, trainer: Trainer, round: int, plan: Plan, progress: Callable[[Progress], None]) -> None:
+        self._trainer, self._round, self._progress = trainer, round, progress
+        private = plan.privacy
+        # How many patients a private step has drawn nobody is told.
+        drawn, batch = private.patients * private.images, plan.training.batch_size
+        self._batch_size = drawn if private.mode == "patient" else batch
         self._began = self._shown = self._logged = time.monotonic()
         self._first = -1  # steps that were done when this watch saw one; an interrupted round does not begin at 0
 

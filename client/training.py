@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,58 +42,73 @@ def room(plan: Plan, site: Site, layout: Layout) -> int:
     return (2 * (1 + kept) + between) * layout.file_bytes
 
 
-def local_steps(
-    network: Network,
-    images: TrainingData,
-    plan: Plan,
-    site: Site,
-    *,
-    home: Home,
-    round: int,
-    folder: Path,
-    name: str,
-    progress: Callable[[int, int], None],
-    cancelled: Callable[[], str],
-) -> FitResult:
-    """Train `network`, which holds the weights that the round starts from, in place.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A site's local steps of one round: by whose rules, on which images, and who watches.
 
-    Args:
-        folder: where a snapshot is kept on the way; an interrupted round goes on from there, to the same bits.
-        name: what the round's snapshot is known by; one of another name is not taken up.
+    Attributes:
+        folder: where a snapshot is kept on the way; an interrupted round goes on from there.
         progress: called after each step with steps done and all steps.
         cancelled: asked before each step; a code ends the work.
+    """
+
+    home: Home
+    plan: Plan
+    site: Site
+    images: TrainingData
+    round: int
+    folder: Path
+    progress: Callable[[int, int], None]
+    cancelled: Callable[[], str]
+
+    @property
+    def private(self) -> bool:
+        return self.plan.privacy.mode == "patient"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the round does more than measure: the closing one does not."""
+        return self.round <= self.plan.training.rounds
+
+
+def local_steps(network: Network, work: Work, *, name: str) -> FitResult:
+    """Train `network`, which holds the weights that the round starts from, in place; interrupted, to the same bits.
+
+    Args:
+        name: what the round's snapshot is known by; one of another name is not taken up.
 
     Raises:
-        RefusedError: that code, no-data, not-finite, memory or device; policy for a private plan, which is not trained
-            like this: see rin.client.private.
+        RefusedError: the code of `work.cancelled`, no-data, not-finite, memory or device; policy for a private plan,
+            which is not trained like this: see rin.client.private.
     """
+    plan, site = work.plan, work.site
     if plan.privacy.mode != "none":
         raise RefusedError("policy", "the plan is private, and this training is not", step="choose another plan")
     from rin.common import fit
     from rin.common.snapshots import Snapshots
 
     if site.device.processes > 1:
-        job = parallel.Job(home=home.root, plan=plan, site=site, round=round, name=name)
-        return parallel.run(network, job, folder=folder, progress=progress, cancelled=cancelled)
+        job = parallel.Job(home=work.home.root, plan=plan, site=site, round=work.round, name=name)
+        return parallel.run(network, job, folder=work.folder, progress=work.progress, cancelled=work.cancelled)
     try:
         return fit.fit_round(
             network,
-            images,
+            work.images,
             plan,
             rows=site.labels.rows(),
             exhaustive_rows=site.labels.exhaustive_rows(),
-            round=round,
+            round=work.round,
             site=site.site,
             device=fit.pick_device(site.device.name),
             threads=site.device.threads,
             compile=site.device.compile,
-            progress=progress,
-            cancelled=lambda: bool(cancelled()),
-            snapshots=Snapshots(folder / parallel.SNAPSHOT, name),
+            progress=work.progress,
+            cancelled=lambda: bool(work.cancelled()),
+            snapshots=Snapshots(work.folder / parallel.SNAPSHOT, name),
         )
     except RefusedError as error:
         if error.code == "cancelled":
-            raise RefusedError(cancelled() or error.code) from None
+            raise RefusedError(work.cancelled() or error.code) from None
         raise
 
 

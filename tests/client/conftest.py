@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import pytest
 from rin.client.home import Home
 from rin.client.ingest.cache import Cache
 from rin.client.ingest.catalog import Catalog, ImageRow
-from rin.common import keys
+from rin.common import formats, keys
+from rin.common.backbones import BACKBONES
 from rin.common.files import write_atomic
 from rin.common.labels import label_set, label_set_digest
 from rin.common.plan import Plan, parse_plan
 from rin.common.wire import Request
+from tests.simulator import TINY
 
 RUN = "ab" * 16
 PLAN = """
@@ -104,6 +106,15 @@ def ingest_small(home: Home, rows: list[int], patients: int) -> None:
     catalog.set_meta("slots", str(cache.slots))
     catalog.commit()
     catalog.close()
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`TINY` in place of resnet18, for readers of weight files too."""
+    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
+    formats._shapes.cache_clear()
+    yield
+    formats._shapes.cache_clear()
 
 
 @pytest.fixture(scope="session")

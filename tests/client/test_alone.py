@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 from rin.client import alone
 from rin.client.home import Home
 from rin.common import formats, snapshots
-from rin.common.backbones import BACKBONES
 from rin.common.checkpoint import ALONE
 from rin.common.errors import ConfigError, RefusedError, StateError
 from rin.common.files import write_atomic, write_json
@@ -26,17 +24,9 @@ from rin.common.labels import label_set
 from rin.common.layout import file_digest
 from rin.common.weights import read_facts
 from tests import simulator
-from tests.simulator import TINY, plan_text, stripes
+from tests.simulator import plan_text, stripes
 
 ROWS = tuple(label.index for label in label_set() if (label.modality, label.anatomy) == ("MR", "knee"))[:3]
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
-    formats._shapes.cache_clear()
-    yield
-    formats._shapes.cache_clear()
 
 
 def plan(sites: tuple[str, ...] = ("siteA",), **tables: dict[str, Any]) -> bytes:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from rin.client.parallel import SNAPSHOT
 from rin.client.private import claim
 from rin.client.site import read_site
 from rin.client.status import status
-from rin.common import formats, snapshots
-from rin.common.backbones import BACKBONES
+from rin.common import snapshots
 from rin.common.chain import Debit, LedgerError
 from rin.common.errors import RefusedError, StateError
 from rin.common.files import read_json, write_json
@@ -32,15 +30,6 @@ from rin.common.statement import facts as statement_of
 from rin.common.weights import read_facts
 from rin.server import export
 from tests.private_consortium import POLICY, consortium, private_plan
-from tests.simulator import TINY
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
-    formats._shapes.cache_clear()
-    yield
-    formats._shapes.cache_clear()
 
 
 def home_of(folder: Path, policy: str = POLICY) -> Home:

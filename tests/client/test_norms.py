@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,26 +10,20 @@ import torch
 
 from rin.client.norms import LocalNorms, tensors_of
 from rin.client.trainer import Trainer
-from rin.common import formats
-from rin.common.backbones import BACKBONES, initial
+from rin.common.backbones import initial
 from rin.common.errors import StateError
 from rin.common.layout import file_digest
 from rin.common.plan import Model
 from rin.common.weights import layout_of, read_into, read_state
 from rin.common.wire import Request
 from rin.server.record import last_record
-from tests.simulator import RUN_ID, TINY, Consortium, small
+from tests.simulator import RUN_ID, Consortium, small
 
 LOCAL = {"backbone": "resnet18", "image_size": 32, "local_norms": True}
 NORMS = ("backbone.bn1.bias", "backbone.bn1.running_mean", "backbone.bn1.running_var", "backbone.bn1.weight")
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(BACKBONES, "resnet18", TINY)
-    formats._shapes.cache_clear()
-    yield
-    formats._shapes.cache_clear()
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def network(seed: int) -> torch.nn.Module:

@@ -29,13 +29,6 @@ from rin.server import receipts, tickets
 from tests.small_run import SmallRun, Update, free_port
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRun]:
-    run = SmallRun(tmp_path_factory.mktemp("transfer"))
-    with run.gateway():
-        yield run
-
-
 @pytest.fixture
 def carrier(small: SmallRun) -> Iterator[HttpCarrier]:
     with HttpCarrier(small.address, small.ca, tries=2) as carrier:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +17,6 @@ from rin.common.wire import MAX_MANIFEST
 from rin.server import receipts, tickets
 from tests.common.test_scores import largest
 from tests.small_run import SmallRun, Update, read_answer, wait_for
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRun]:
-    run = SmallRun(tmp_path_factory.mktemp("exchange"))
-    with run.gateway():
-        yield run
 
 
 def request(update: Update, method: str = "PUT", body: bytes = b"", **headers: str) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rin.client.ledger import site_ledger
 from rin.client.site import read_site
 from rin.client.trainer import Trainer
 from rin.common import keys
-from rin.common.chain import Head
+from rin.common.chain import Debit, Head
 from rin.common.errors import RefusedError
 from rin.common.wire import Refusal, Request, SignedRefusal, from_bytes
 from rin.server import members
@@ -34,8 +33,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def spend(made: Consortium, site: str) -> Head:
     """A debit of another run at `site`, which the coordinator of this one hears nothing of."""
     home, digest = made.homes[site], "1" * 64
-    work = private.Round("ab" * 16, 1, digest, digest)
-    debit = private._debit(made.plan, read_site(home), work, secrets.token_hex(16))
+    row = private.row_of(made.plan, read_site(home))
+    debit = Debit(
+        run="ab" * 16,
+        round=1,
+        plan=digest,
+        request=digest,
+        attempt="cd" * 16,
+        sigma=row.sigma,
+        rate=row.rate,
+        steps=row.steps,
+        clip=1.0,
+        images=2,
+        patients=60,
+        delta=1e-3,
+        release="0",
+    )
     return site_ledger(home).debit(debit, lambda entries: None).head
 
 

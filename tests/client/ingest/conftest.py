@@ -15,6 +15,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from rin.client.home import Home
+from tests.client.ingest.radimagenet_tree import Tree, write_tree
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ROOT_UID = "1.2.826.0.1.3680043.8.498"
@@ -106,3 +107,9 @@ def texture(rng: np.random.Generator, rows: int, cols: int, high: int = 4096) ->
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(7)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """Two images a class in the published folders."""
+    return write_tree(tmp_path / "data", images=2, side=48)

@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from rin.client.home import Home
 from tests.client.ingest.radimagenet_tree import (
     Tree,
@@ -27,11 +25,6 @@ from tests.client.ingest.radimagenet_tree import (
 
 if TYPE_CHECKING:
     pass
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    return write_tree(tmp_path / "data", images=2, side=48)
 
 
 def test_the_order_of_the_walk_does_not_matter_for_labels_and_split(tree: Tree, tmp_path: Path, home: Home) -> None:

@@ -39,7 +39,6 @@ from tests.client.ingest.radimagenet_tree import (
     run,
     scan,
     split_by_pixels,
-    write_tree,
 )
 
 if TYPE_CHECKING:
@@ -50,11 +49,6 @@ INDEX = label_index()
 
 def labels_of(report: IngestReport) -> Counter[str]:
     return Counter(report.labels)
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    return write_tree(tmp_path / "data", images=2, side=48)
 
 
 # names
