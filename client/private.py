@@ -17,7 +17,7 @@ from rin.client.home import Home
 from rin.client.ledger import site_ledger
 from rin.client.site import Site
 from rin.client.training import Work
-from rin.common import egress, keys
+from rin.common import egress, keys, statement
 from rin.common.chain import MECHANISM
 from rin.common.errors import RefusedError, RinError
 from rin.common.files import write_json
@@ -149,8 +149,9 @@ def _show(home: Home, ledger: Ledger, found: Claim, plan: Plan, site: Site) -> N
 
     left = most_rounds(rows_of(ledger.entries()), row_of(plan, site), site.policy.epsilon, site.policy.delta)
     facts = {"epsilon": found.epsilon, "delta": found.delta, "entries": found.ledger.count}
+    facts |= {"ceiling": site.policy.epsilon, "rounds_left": left, "statement": statement.words(found)}
     with contextlib.suppress(OSError):
-        write_json(home.budget, {**facts, "ceiling": site.policy.epsilon, "rounds_left": left}, mode=0o600)
+        write_json(home.budget, facts, mode=0o600)
 
 
 def claim(ledger: Ledger, site: Site) -> Claim:

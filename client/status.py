@@ -12,8 +12,10 @@ from rin.client.home import Home
 from rin.client.ingest.catalog import undamaged
 from rin.client.ingest.gone import NEXT
 from rin.client.ingest.report import PATIENTS_UNKNOWN, PATIENTS_WARNING
-from rin.common.errors import StateError
+from rin.client.site import read_site
+from rin.common.errors import ConfigError, StateError
 from rin.common.files import lock, read_json
+from rin.common.statement import RISK
 
 # Images that the last ingest which came to its end found no file of.
 _GONE: Final = (
@@ -22,7 +24,9 @@ _GONE: Final = (
 
 
 def status(home: Home) -> dict[str, Any]:
-    """Agent, coordinator, trainer, airlock, budget, catalog; None for what is not known, or not readable for this user.
+    """Agent, coordinator, trainer, airlock, protection, budget, catalog.
+
+    None stands for what is not known, or not readable for this user.
 
     Raises:
         StateError: there is no such home.
@@ -48,6 +52,7 @@ def status(home: Home) -> dict[str, Any]:
         },
         "trainer": trainer,
         "airlock": _airlock(home, agent),
+        "protection": _protection(home),
         "budget": _facts(home.budget) or None,
         "catalog": catalog,
     }
@@ -59,6 +64,18 @@ def _airlock(home: Home, agent: dict[str, Any]) -> str | None:
     if None in halves:
         return None
     return "enforced" if all(halves) else "by convention"
+
+
+def _protection(home: Home) -> str | None:
+    """What the site's policy says of the protection of its patients, in words."""
+    try:
+        policy = read_site(home).policy
+    except (ConfigError, OSError):
+        return None
+    if policy.privacy == "required":
+        return "required: plans without differential privacy for each patient are refused"
+    agreed = f"{policy.none_agreed_by} agreed on {policy.none_agreed_on}"
+    return f"not required, as {agreed}: under a plan without differential privacy {RISK}"
 
 
 def _held(path: Path) -> bool:

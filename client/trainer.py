@@ -27,7 +27,7 @@ from rin.client.norms import LocalNorms
 from rin.client.private import Names, private_steps, signed_refusal
 from rin.client.site import Site, read_site
 from rin.client.training import Work, check, device_answers, images_of, limit_memory, local_steps, release_memory
-from rin.common import egress, keys
+from rin.common import egress, keys, statement
 from rin.common.errors import DEVICE_STEPS, RefusedError, RinError, device_fault
 from rin.common.events import Events
 from rin.common.files import write_atomic, write_json
@@ -230,6 +230,7 @@ class Trainer:
                 "metrics": dict(stored.metrics),
                 "scores": [group.model_dump(mode="json") for group in stored.scores],
                 "privacy": stored.privacy.model_dump(mode="json") if stored.privacy else None,
+                "statement": statement.of_update(stored.privacy) if stored.steps else None,
             },
         )
         put_out(self.jobs.update(request), outbox, f"{request.id}.safetensors", stored.update)

@@ -47,6 +47,7 @@ class Facts(_Strict):
     release: str = ""
     privacy_mode: str = ""
     privacy: str = ""
+    privacy_sites: dict[str, dict[str, Any]] = {}
     site: str = ""
     sites: list[str] = []
     site_weights: dict[str, float] = {}

@@ -20,18 +20,24 @@ NOT_COVERED: Final = (
     "that a run started from",
     "images of patients that are not in training, which nothing here looks at",
 )
+RISK: Final = "whoever holds the sites' updates could reconstruct training images"  # of a plan without it (threat T8)
 UNPROTECTED: Final = (
-    "none: trained without differential privacy. Whoever holds the sites' updates could reconstruct training "
-    "images; nothing is promised about what these weights reveal of a patient."
+    f"none: trained without differential privacy. {RISK.capitalize()}; "
+    "nothing is promised about what these weights reveal of a patient."
 )
 
 
 def words(claim: Claim) -> str:
-    """One site's claim as a sentence."""
+    """One site's claim as a sentence; its numbers are not rounded, for that could claim more."""
     return (
-        f"({claim.epsilon:g}, {claim.delta:g})-differential privacy for each patient, whatever the number of a "
+        f"({claim.epsilon}, {claim.delta})-differential privacy for each patient, whatever the number of a "
         "patient's images, over everything that the site's privacy ledger holds"
     )
+
+
+def of_update(claim: Claim | None) -> str:
+    """What the privacy officer reads of one update: the site's claim, or that there is none."""
+    return UNPROTECTED if claim is None else f"{words(claim)}, this round included"
 
 
 def facts(claims: Mapping[str, Claim]) -> dict[str, Any]:

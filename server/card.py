@@ -222,7 +222,14 @@ class Card:
             yield _table(COLUMNS, run.measured)
 
     def _privacy(self) -> str:
-        return _section("Privacy", plain(str(self.facts.get("privacy", UNKNOWN_PRIVACY))))
+        said = plain(str(self.facts.get("privacy", UNKNOWN_PRIVACY)))
+        claims = self.facts.get("privacy_sites")
+        if not claims:
+            return _section("Privacy", said)
+        keys = ("unit", "epsilon", "delta", "mechanism", "accountant")
+        rows = [(site, *(claim.get(key, NOT_STATED) for key in keys)) for site, claim in sorted(claims.items())]
+        as_json = f"For programs: `privacy_sites` in {self.name}.json."
+        return _section("Privacy", said, _table(("site", *keys), rows), as_json)
 
     def _benchmark(self) -> str:
         if not self.scores:

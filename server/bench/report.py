@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -152,13 +153,17 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"name": checkpoint.name, "rows": rows}
 
 
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
+
+
 def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Facts as rows of text; of a table within a fact, long values (digests) get a row each."""
     rows: list[tuple[str, str]] = []
     for key, value in facts.items():
         name = key.replace("_", " ").replace("-", " ")
         if isinstance(value, dict) and any(len(str(each)) > 40 for each in value.values()):
-            rows += [(f"{name}, {part}", str(each)) for part, each in value.items()]
+            rows += [(f"{name}, {part}", _text(each)) for part, each in value.items()]
         elif isinstance(value, dict):
             rows.append((name, ", ".join(f"{part} {each}" for part, each in value.items()) or "none"))
         else:

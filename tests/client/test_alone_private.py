@@ -210,6 +210,9 @@ def test_an_export_of_it_says_what_is_claimed(tmp_path: Path) -> None:
     said = read_facts(last)
     card, facts = (made.folder / "README.md").read_text(), read_json(made.folder / "mine.json")
     assert "differential privacy for each patient" in card and "Not covered" in card
+    claim = said["privacy_sites"]["siteA"]
+    assert f"| siteA | patient | {claim['epsilon']} | 0.001 | {claim['mechanism']} | prv |" in card
+    assert "`privacy_sites` in mine.json" in card
     assert facts["privacy"] == said["privacy"] and facts["privacy_sites"] == said["privacy_sites"]
     assert read_facts(made.folder / "mine.safetensors")["privacy_sites"] == said["privacy_sites"]
 

@@ -22,10 +22,11 @@ from rin.common.errors import RefusedError, RinError, StateError
 from rin.common.files import read_json
 from rin.common.ledger import debits
 from rin.common.plan import parse_plan
+from rin.common.statement import UNPROTECTED
 from rin.common.weights import read_facts
 from rin.common.wire import Manifest, Request, from_bytes
 from tests.private_consortium import POLICY, SITES, consortium, private_plan, request_of
-from tests.simulator import Consortium, quicken, record_of
+from tests.simulator import Consortium, quicken, record_of, small
 
 
 @pytest.fixture(autouse=True)
@@ -273,4 +274,13 @@ def test_the_egress_log_holds_the_claim(tmp_path: Path) -> None:
     line = json.loads(made.homes["siteB"].egress_log.read_text().splitlines()[-1])
     assert line["privacy"]["unit"] == "patient"
     assert line["privacy"]["epsilon"] > 0
+    assert line["statement"].startswith(f"({line['privacy']['epsilon']}, 0.001)-differential privacy for each patient")
+    assert status(made.homes["siteB"])["budget"]["statement"] in line["statement"]
+
+
+def test_the_egress_log_says_where_nothing_protects_the_patients(tmp_path: Path) -> None:
+    made = small(tmp_path, training={"rounds": 1})
+    made.go()
+    line = json.loads(made.homes["siteB"].egress_log.read_text().splitlines()[-1])
+    assert (line["privacy"], line["statement"]) == (None, UNPROTECTED)
     assert egress.DIGITS == 4 and np.isfinite(line["norm"])

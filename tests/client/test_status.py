@@ -14,6 +14,7 @@ from rin.client.ingest.catalog import Catalog
 from rin.client.status import status
 from rin.common.errors import StateError
 from rin.common.files import write_json
+from rin.common.statement import RISK
 
 if TYPE_CHECKING:
     from tests.client.conftest import SmallSite
@@ -61,6 +62,16 @@ def test_a_damaged_catalog_is_said_with_what_helps(small_site: Callable[..., Sma
     facts = status(home)["catalog"]
     assert (facts["images"], facts["fault"]) == (None, "catalog.sqlite is damaged")
     assert "restore" in facts["next"]
+
+
+def test_what_protects_the_patients_is_said_in_words(small_site: Callable[..., SmallSite]) -> None:
+    home = small_site(patients=0).home
+    said = status(home)["protection"]
+    assert said.startswith("not required, as a test agreed on 2026-11-23") and said.endswith(RISK)
+    home.site_toml.write_text('site = "siteA"\n')
+    assert status(home)["protection"].startswith("required: ")
+    home.site_toml.write_text("site = 5\n")
+    assert status(home)["protection"] is None
 
 
 @pytest.mark.parametrize(("halves", "word"), [((True, True), "enforced"), ((True, False), "by convention")])

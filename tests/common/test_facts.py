@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rin.common import checkpoint
+from rin.common import checkpoint, statement
+from rin.common.chain import MECHANISM, START
 from rin.common.errors import RefusedError
 from rin.common.facts import Facts, check_facts
 from rin.common.plan import parse_plan
+from rin.common.wire import Claim
 from tests.simulator import plan_text
 
 ANYTHING = st.recursive(
@@ -39,7 +41,10 @@ def test_what_our_own_checkpoints_say_is_known() -> None:
         parse_plan(plan_text(["a", "b", "c"])), plan_digest="ab", round=1, updates={"siteA": "cd"}
     )
     check_facts("w", facts)
-    assert facts.keys() <= Facts.model_fields.keys()
+    claim = Claim(epsilon=1.0, delta=1e-5, mechanism=MECHANISM, ledger=START)
+    private = facts | statement.facts({"siteA": claim})
+    check_facts("w", private)
+    assert facts.keys() < private.keys() <= Facts.model_fields.keys()
 
 
 @pytest.mark.parametrize("facts", [{"round": True}, {"round": 10**9}, {"mean": [0.5, 0.5, float("nan")]}])

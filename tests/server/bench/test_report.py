@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from rin.common import statement
+from rin.common.chain import MECHANISM, START
+from rin.common.wire import Claim
 from rin.server.bench.report import RANDOM, Examples, headline, render, write_report
 from rin.server.bench.statistics import Comparison, Interval
 from rin.server.bench.summary import Checkpoint, RoundFacts, SiteRound, Summary, TaskFacts, TaskScore
@@ -215,3 +219,11 @@ def test_the_same_summary_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_report(summary(), examples(), tmp_path / name / "index.html")
     assert (tmp_path / "a" / "index.html").read_bytes() == (tmp_path / "b" / "index.html").read_bytes()
+
+
+def test_a_private_run_is_said_in_words_and_its_claims_as_json() -> None:
+    claim = Claim(epsilon=1.25, delta=1e-5, mechanism=MECHANISM, ledger=START)
+    facts = {"backbone": "resnet18", **statement.facts({"siteA": claim})}
+    text = Page(render(summary(checkpoints=(Checkpoint("round-0005", "cd" * 32, facts),)), {})).text
+    assert facts["privacy"] in " ".join(text.split())
+    assert json.dumps(facts["privacy_sites"]["siteA"], sort_keys=True) in text
