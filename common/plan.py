@@ -136,7 +136,8 @@ class Privacy(Table):
 
     mode: Literal["none", "patient"] = "none"
     sigma: Annotated[float, Field(ge=0.3, le=1e4)] = 1.0  # noise on the sum of a step, in clip norms
-    clip: Annotated[float, Field(gt=0, le=1e4)] = 1.0  # largest L2 norm of a patient's gradient
+    # Largest L2 norm of a patient's gradient. At 1e-45 float32 has a step left for the gradient and none for the noise.
+    clip: Annotated[float, Field(ge=1e-6, le=1e4)] = 1.0
     patients: Annotated[int, Field(ge=1, le=10**7)] = 256  # of a site in a step: expected, not counted
     images: Annotated[int, Field(ge=1, le=1000)] = 4  # of a patient in a step, at most
     views: Annotated[int, Field(ge=1, le=64)] = 1  # how often each of them is augmented

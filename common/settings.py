@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rin.common.errors import ConfigError
 
-
 # What a file of a stranger may cost: tomllib's time and memory grow with the parts of its longest dotted key, times all
 # other parts and lines. A key is on one line; a line `sites = {...}` of a thousand sites stays below.
 DOTS: Final = 2_000_000  # the most on a line, times all of them and all lines
