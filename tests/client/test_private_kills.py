@@ -26,7 +26,7 @@ from rin.common.layout import file_digest
 from rin.common.ledger import debits
 from rin.common.wire import Manifest, Request, from_bytes
 from tests.client.private_lives import Life
-from tests.client.test_private import POLICY, consortium, request_of
+from tests.private_consortium import POLICY, consortium, request_of
 from tests.simulator import Consortium, quicken
 
 STEPS: Final = 12

@@ -25,7 +25,7 @@ from rin.common.plan import Plan, plan_digest
 from rin.common.wire import Manifest, Request, from_bytes
 from tests.client import fuzzed_plans
 from tests.client.test_policy_fuzz import opened, within
-from tests.client.test_private import POLICY, consortium
+from tests.private_consortium import POLICY, consortium
 from tests.simulator import RUN_ID, Consortium, quicken
 
 POLICIES: Final = {  # of each site of a small consortium
