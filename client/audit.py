@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -11,11 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from rin.common import audit
+from rin.common import audit, fit
 from rin.common.accountant import Row, bound, epsilon
 from rin.common.audit import Check
+from rin.common.backbones import initial
 from rin.common.noise import Source
-from rin.common.private import Mechanism, PatientGradients, Sampler
+from rin.common.plan import Model
+from rin.common.private import Mechanism, PatientGradients, Sampler, side_by_side, side_by_side_fits
 
 CPU: Final = torch.device("cpu")
 DELTA: Final = 1e-5
@@ -51,29 +54,43 @@ def checks(progress: Callable[[Check], None] = lambda check: None) -> list[Check
 
 
 def sensitivity() -> list[Check]:
-    """The largest distance by which any of some adversarial patients moves the sum of a step."""
-    image = torch.rand(1, 16, generator=torch.Generator().manual_seed(0))
-    hostile = [image.repeat(1000, 1), image * 1e18, image * 1e30, image * math.inf, image * math.nan, image * 0, image]
-    rest = list(torch.rand(OTHERS, 2, 16, generator=torch.Generator().manual_seed(1)))
-    worst = 0.0
-    for others in (rest[:0], rest):
-        without = _sum(others)
-        worst = max(worst, *((_sum([*others, bag]) - without).norm().item() for bag in hostile))
-    words = "how far one patient, however made, moves the sum of a step; at most the clip"
-    return [Check("sensitivity", worst, CLIP * (1 + SLACK), words)]
-
-
-def _sum(bags: Iterable[Tensor]) -> Tensor:
-    """The sum of a step without noise, float64."""
-    module = nn.Linear(16, 8)
+    """The norm by which a step's sum changes with a patient: in one layer, and in a network as it is trained here."""
+    layer, one = nn.Linear(16, 8), torch.rand(1, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        nn.init.ones_(module.weight)
-    mechanism = Mechanism(rate=1.0, patients=1.0, images=1, views=1, clip=CLIP, sigma=0.0)
-    gradients = PatientGradients(module, _mean, mechanism, Source(), device=CPU)
-    for bag in bags:
-        gradients.add(bag, bag)
-    gradients.settle()
-    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).double()
+        nn.init.ones_(layer.weight)
+    hostile = [one.repeat(1000, 1), one * 1e18, one * 1e30, one * math.inf, one * math.nan, one * 0, one]
+    rest = list(torch.rand(OTHERS, 2, 16, generator=torch.Generator().manual_seed(1)))
+    words = "how far one patient, however made, moves the sum of a step; at most the clip"
+    worst = max(
+        _moved(layer, bag, others, together=together)
+        for others, together in itertools.product((rest[:0], rest), (False, True))
+        for bag in hostile
+    )
+    fit.settle(CPU, 1)
+    network = initial(Model.model_validate({"backbone": "resnet18", "norm": "group", "image-size": 32}), 0)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = list(torch.rand(8, 1, 1, 32, 32, generator=torch.Generator().manual_seed(2)))
+    half = fit.half_precision(CPU)
+    together = side_by_side_fits(network, CPU, half=half)
+    moved = max(_moved(network, images[0], images[1:n], together=together, half=half) for n in range(1, 9))
+    told = "the same of a network as it is trained on this processor, beside none to seven others"
+    return [
+        Check("sensitivity", worst, CLIP * (1 + SLACK), words),
+        Check("sensitivity of a network", moved, CLIP * (1 + SLACK), told),
+    ]
+
+
+def _moved(module: nn.Module, bag: Tensor, others: Sequence[Tensor], *, together: bool, half: bool = False) -> float:
+    """How far the sum of a step without noise goes when the patient `bag` comes to `others`."""
+    sums = []
+    for patients in (others, [bag, *others]):
+        mechanism = Mechanism(rate=1.0, patients=1.0, images=1, views=1, clip=CLIP, sigma=0.0)
+        gradients = PatientGradients(module, _mean, mechanism, Source(), device=CPU, half=half, together=together)
+        for few in side_by_side((one, one) for one in patients):
+            gradients.add(*few)
+        gradients.settle()
+        sums.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).double())
+    return (sums[1] - sums[0]).norm().item()
 
 
 def noise() -> list[Check]:
@@ -143,7 +160,7 @@ def released(
             bag = torch.zeros(len(drawn), CANARIES)
             bag[:, members[drawn[0] // images]] = 100.0
             for part in bags(bag):
-                gradients.add(part, part)
+                gradients.add((part, part))
         gradients.settle()
         assert module.weight.grad is not None
         scores += module.weight.grad.numpy()

@@ -70,7 +70,7 @@ class Stepper:
     def __init__(self, module: nn.Module, recipe: Recipe) -> None:
         self._recipe = recipe
         trainable = [p for p in module.parameters() if p.requires_grad]
-        self._pairs = [(p, _rows_of(p, p.detach())) for p in trainable]
+        self._pairs = [(p, rows_of(p, p.detach())) for p in trainable]
         layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear | _ConvNd))
         weights = {id(layer.weight) for layer in layers}
         groups = [
@@ -89,13 +89,13 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = self._recipe.rate(step)
         for parameter, view in self._pairs:
-            view.grad = None if parameter.grad is None else _rows_of(parameter, parameter.grad)
+            view.grad = None if parameter.grad is None else rows_of(parameter, parameter.grad)
         self.optimizer.step()
         for _, view in self._pairs:
             view.grad = None
 
 
-def _rows_of(parameter: Tensor, value: Tensor) -> Tensor:
+def rows_of(parameter: Tensor, value: Tensor) -> Tensor:
     """`value`, shaped like `parameter`, as the contiguous view (o, h, w, i) where that is in channels_last."""
     if parameter.dim() != 4 or parameter.is_contiguous():
         return value

@@ -25,6 +25,7 @@ TENSOR = {
     "fit",
     "gradients",
     "private",
+    "bags",
     "accountant",
     "augment",
     "ema",

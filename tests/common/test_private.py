@@ -27,6 +27,7 @@ from rin.common.private import (
     check,
     chunks,
     fit_private,
+    side_by_side,
     squared_norm,
     steps,
 )
@@ -65,10 +66,10 @@ def gradient_of(module: nn.Module, bag: Bag) -> Tensor:
     return torch.cat(flat).clone()
 
 
-def ours(module: nn.Module, bags: list[Bag], mechanism: Mechanism) -> Tensor:
-    gradients = PatientGradients(module, loss, mechanism, Source(), device=CPU)
-    for bag in bags:
-        gradients.add(*bag)
+def ours(module: nn.Module, bags: list[Bag], mechanism: Mechanism, *, together: bool = False) -> Tensor:
+    gradients = PatientGradients(module, loss, mechanism, Source(), device=CPU, together=together)
+    for few in side_by_side(bags):
+        gradients.add(*few)
     gradients.settle()
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
@@ -94,9 +95,10 @@ def test_a_step_is_the_mean_of_clipped_patients(backbone: str, dtype: torch.dtyp
     clip = (norms[1] + norms[2]) / 2
     wanted = sum(g * min(1.0, clip / (g.double().norm().item() + 1e-6)) for g in each)
     assert isinstance(wanted, Tensor)
-    found = ours(network, bags, replace(PLAIN, clip=clip)) * PLAIN.patients
     assert norms[0] < clip < norms[-1]  # some are clipped and some are not
-    assert (found - wanted).double().norm() <= most * wanted.double().norm()
+    for together in (False, True)[: 1 if backbone == "swin_t" else 2]:
+        found = ours(network, bags, replace(PLAIN, clip=clip), together=together) * PLAIN.patients
+        assert (found - wanted).double().norm() <= most * wanted.double().norm()
 
 
 class Steep(nn.Module):
@@ -128,12 +130,14 @@ def hostile() -> dict[str, Bag]:
 
 @pytest.mark.parametrize("kind", list(hostile()))
 @pytest.mark.parametrize("others", [0, 1, 60])
-def test_no_patient_moves_the_sum_further_than_the_clip(kind: str, others: int) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_no_patient_moves_the_sum_further_than_the_clip(kind: str, others: int, together: bool) -> None:
     torch.manual_seed(0)
     module, clip = Steep(), 0.7
     rest = bags_of((2,) * others, 4)
     mechanism = replace(PLAIN, clip=clip)
-    without, with_it = ours(module, rest, mechanism), ours(module, [*rest, hostile()[kind]], mechanism)
+    without = ours(module, rest, mechanism, together=together)
+    with_it = ours(module, [hostile()[kind], *rest], mechanism, together=together)
     assert with_it.isfinite().all()
     assert (with_it - without).double().norm() * PLAIN.patients <= clip * (1 + 1e-5)
 
@@ -148,10 +152,11 @@ def test_the_norm_of_large_tensors_is_right(layout: torch.memory_format) -> None
     assert squared_norm([torch.full((3,), 2.0, dtype=torch.float64)]).item() == 12.0
 
 
-def test_patients_that_are_no_numbers_are_left_out_and_counted() -> None:
-    gradients = PatientGradients(Steep(), loss, PLAIN, Source(), device=CPU)
-    for bag in hostile().values():
-        gradients.add(*bag)
+@pytest.mark.parametrize("together", [False, True])
+def test_patients_that_are_no_numbers_are_left_out_and_counted(together: bool) -> None:
+    gradients = PatientGradients(Steep(), loss, PLAIN, Source(), device=CPU, together=together)
+    for few in side_by_side(hostile().values()):
+        gradients.add(*few)
     assert gradients.skipped == 3
 
 
@@ -174,7 +179,7 @@ def test_noise_is_of_the_declared_size_in_every_parameter_also_without_patients(
 def test_every_head_row_gets_noise_whoever_has_images_of_it() -> None:
     module = Steep()
     gradients = PatientGradients(module, loss, replace(PLAIN, sigma=1.0), Source(), device=CPU)
-    gradients.add(*bags_of((2,), 4)[0])
+    gradients.add(*bags_of((2,), 4))
     gradients.settle()
     assert module.layer.weight.grad is not None
     assert (module.layer.weight.grad != 0).all()
@@ -209,6 +214,12 @@ def test_patients_are_drawn_by_themselves_whatever_the_number_of_their_images() 
             assert len(set(drawn.tolist())) == len(drawn) == min(4, (1, 10, 3, 1, 50)[owners[0] % 5])
             hits[owners[0]] += 1
     assert np.abs(hits - turns * 0.1).max() < 6 * math.sqrt(turns * 0.09)
+
+
+def test_few_images_stand_side_by_side() -> None:
+    sizes = [[len(inputs) for inputs, _ in few] for few in side_by_side(bags_of((1, 1, 1, 1, 1, 4, 2, 2, 9, 3, 1), 4))]
+    assert sizes == [[1, 1, 1, 1], [4], [1, 2], [9], [3], [2, 1]]
+    assert list(side_by_side([])) == []
 
 
 def test_nobody_and_everybody_can_be_drawn() -> None:
