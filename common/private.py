@@ -126,6 +126,11 @@ class PatientGradients:
                 value = self._loss(self._module(inputs), targets)
             yield [torch.autograd.grad(value, self._parameters, materialize_grads=True)]
 
+    def rehearse(self, images: Tensor, targets: Tensor) -> None:
+        """Compute the gradient of made-up images and forget it: where they do not fit, no patient is to show it."""
+        for _ in self._gradients([(images, targets)]):
+            pass
+
     @torch.no_grad()
     def settle(self) -> None:
         """End the step, also one without any patient: noise, the mean by the expected number, and empty sums."""
@@ -303,6 +308,9 @@ def fit_private(
     half = half_precision(device)
     together = side_by_side_fits(module, device, half=half)
     gradients = PatientGradients(module, goal, mechanism, source, device=device, half=half, together=together)
+    # Memory must end here or not at all: later, its code would tell that somebody with many images is there.
+    largest = torch.zeros(mechanism.images * mechanism.views, 1, module.image_size, module.image_size, device=device)
+    gradients.rehearse(largest, torch.zeros(len(largest), len(module.head.bias), dtype=torch.bool, device=device))
     held = Held(module, stepper.optimizer, average.tensors if average else {})
     first = 0
     if snapshots is not None:

@@ -288,6 +288,36 @@ def test_it_learns_where_there_is_little_noise(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("images", [(1, 1, 1), (1, 9, 1)])
+def test_memory_ends_before_the_debit_whoever_is_there(
+    monkeypatch: pytest.MonkeyPatch, images: tuple[int, ...]
+) -> None:
+    forward, charged = Network.forward, []
+
+    def narrow(self: Network, x: Tensor) -> Tensor:
+        if len(x) > 5:
+            raise MemoryError
+        return forward(self, x)
+
+    monkeypatch.setattr(Network, "forward", narrow)
+    mechanism = Mechanism(rate=1.0, patients=3.0, images=4, views=2, clip=1.0, sigma=1.0)
+    agreed = private_plan()
+    with pytest.raises(RefusedError, match="memory"):
+        fit_private(
+            initial(agreed.model, 0),
+            Archive(images),
+            agreed,
+            mechanism,
+            rows=ROWS,
+            round=1,
+            device=CPU,
+            threads=1,
+            charge=lambda: charged.append(1),
+        )
+    assert not charged
+
+
+@pytest.mark.usefixtures("tiny")
 def test_the_same_round_again_gives_other_weights() -> None:
     agreed, found = private_plan(), []
     mechanism = Mechanism(rate=1.0, patients=4.0, images=1, views=1, clip=1.0, sigma=1.0)
