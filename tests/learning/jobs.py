@@ -55,12 +55,12 @@ def drawn(site: str, n: int, seed: int) -> tuple[Pixels, list[tuple[int, ...]]]:
     for i in range(n):
         label = row.labels[i % len(row.labels)]
         rng = np.random.default_rng([seed, sorted(SITES).index(site), i])
-        images[i] = _padded(draw(label, rng, row.scanners[label.partition("_")[0]]))
+        images[i] = padded(draw(label, rng, row.scanners[label.partition("_")[0]]))
         labels.append((label_index()[label],))
     return images, labels
 
 
-def _padded(image: npt.NDArray[np.floating]) -> Pixels:
+def padded(image: npt.NDArray[np.floating]) -> Pixels:
     """A square of 256 with the image's aspect kept, as ingest makes it of square pixels."""
     rows, columns = image.shape
     scale = SIDE / max(rows, columns)
