@@ -105,11 +105,14 @@ def _save(figure: Figure, path: Path, *, grey: bool = False) -> None:
 
 
 def print_inversion(attempts: Sequence[inversion.Attempt]) -> None:
-    print(f"\nsigma {inversion.mechanism().sigma:.2f}\n\n| attack | PSNR, dB | SSIM |\n|---|---|---|")
+    print(
+        f"\nsigma {inversion.mechanism().sigma:.2f}\n\n| attack | PSNR, dB | SSIM | place of 101 |\n|---|---|---|---|"
+    )
     for attempt in attempts:
         decibels, alike = attempt.psnr, attempt.ssim
-        worst = f"{np.mean(decibels):.1f} ({min(decibels):.1f}-{max(decibels):.1f})"
-        print(f"| {' '.join(CAPTIONS[attempt.name])} | {worst} | {np.mean(alike):.2f} |")
+        spread = f"{np.mean(decibels):.1f} ({min(decibels):.1f}-{max(decibels):.1f})"
+        places = ", ".join(map(str, attempt.place))
+        print(f"| {' '.join(CAPTIONS[attempt.name])} | {spread} | {np.mean(alike):.2f} | {places} |")
 
 
 def print_membership(seen: Sequence[membership.Watched], found: Mapping[str, Mapping[str, membership.Found]]) -> None:
@@ -144,7 +147,9 @@ def main() -> None:
         "--image", type=Path, action="append", default=[], help="in place of a phantom; membership is left out then"
     )
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", force=True
+    )  # a library has made a handler
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     held = inversion.patients([opened(path) for path in options.image])

@@ -43,7 +43,7 @@ SMOOTH: Final = 1e-3  # weight of total variation
 OPEN: Final = 1.5  # biases of all norms in the coordinator's weights: few rectifiers cut anything off then
 LOUD: Final = 20.0  # how much larger the head's row of the picked label is than a random one
 SURE: Final = 1000.0  # how far below all others its logit is, whatever the image
-GUESSES: Final = 100  # other patients whose mean is what somebody without any update would guess
+GUESSES: Final = 100  # other patients of a label; their mean is what somebody without any update would guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,15 @@ class Attempt:
         name: of the attack.
         pictures: (n, SIDE, SIDE) in 0..1.
         psnr, ssim: of each, against the original.
+        place: of the original, from 1, among `GUESSES` images of other patients of the label beside it, by how well
+            each correlates with the picture.
     """
 
     name: str
     pictures: Pictures
     psnr: tuple[float, ...]
     ssim: tuple[float, ...]
+    place: tuple[int, ...]
 
 
 def plan_off(steps: int, batch: int, rate: float) -> Plan:
@@ -157,8 +160,8 @@ def patients(images: Sequence[Pixels] = ()) -> Held:
     Args:
         images: uint8 (SIDE, SIDE) in place of the first phantoms.
     """
-    others = [label for label in PHANTOM_LABELS if label not in LABELS]
-    names = [*LABELS, *(others[i % len(others)] for i in range(FLOOR - len(LABELS)))]
+    rest = [label for label in PHANTOM_LABELS if label not in LABELS]
+    names = [*LABELS, *(rest[i % len(rest)] for i in range(FLOOR - len(LABELS)))]
     drawn = [phantom(name, (5, i), SIDE) for i, name in enumerate(names)]
     drawn[: len(images)] = images
     return Held(np.stack(drawn), np.array([label_index()[name] for name in names]), np.arange(FLOOR))
@@ -173,12 +176,25 @@ def _tried(name: str, pictures: Pictures, held: Held) -> Attempt:
     true = held.pixels[: len(LABELS)] / 255
     pairs = list(zip(pictures, true, strict=True))
     log.info("%s: %.1f dB", name, np.mean([psnr(*pair) for pair in pairs]))
-    return Attempt(name, pictures, tuple(psnr(*pair) for pair in pairs), tuple(ssim(*pair) for pair in pairs))
+    places = [place(*pair, others(label)) for pair, label in zip(pairs, LABELS, strict=True)]
+    alike = tuple(psnr(*pair) for pair in pairs), tuple(ssim(*pair) for pair in pairs)
+    return Attempt(name, pictures, *alike, tuple(places))
+
+
+def place(picture: Pictures, true: Pictures, others: Pictures) -> int:
+    """Place of `true` (h, w), from 1, among it and `others` (n, h, w), by correlation with `picture`."""
+    found = [np.corrcoef(picture.ravel(), each.ravel())[0, 1] for each in others]
+    return 1 + int((np.array(found) >= np.corrcoef(picture.ravel(), true.ravel())[0, 1]).sum())
+
+
+def others(label: str) -> Pictures:
+    """(GUESSES, SIDE, SIDE) images of other patients of `label`."""
+    return np.stack([phantom(label, (6, i), SIDE) for i in range(GUESSES)]) / 255
 
 
 def guesses(held: Held) -> Pictures:
     """What the labels alone tell: the mean of other patients of each."""
-    return np.stack([np.mean([phantom(label, (6, i), SIDE) for i in range(GUESSES)], axis=0) / 255 for label in LABELS])
+    return np.stack([others(label).mean(0) for label in LABELS])
 
 
 def alone(held: Held) -> Pictures:

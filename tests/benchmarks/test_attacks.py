@@ -35,6 +35,14 @@ def test_ssim_is_one_for_the_same_picture_and_compares_means_of_flat_ones() -> N
     assert flat == pytest.approx((2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4))
 
 
+def test_the_place_counts_those_who_are_at_least_as_alike() -> None:
+    rng = np.random.default_rng(0)
+    true, others = rng.random((8, 8)), rng.random((5, 8, 8))
+    assert inversion.place(0.1 * true + 0.3, true, others) == 1
+    assert inversion.place(others[2], true, others) == 2
+    assert inversion.place(-true, true, others) == 6
+
+
 def test_the_curve_has_the_area_of_the_library_with_ties_too() -> None:
     rng = np.random.default_rng(1)
     inside = rng.random((8, 50)) < 0.5
