@@ -21,7 +21,7 @@ from rin.common import egress, keys, statement
 from rin.common.chain import MECHANISM
 from rin.common.errors import RefusedError, RinError
 from rin.common.files import write_json
-from rin.common.ledger import Debit, Entry, Ledger, debits
+from rin.common.ledger import Adopt, Debit, Entry, Ledger, debits
 from rin.common.plan import Plan
 from rin.common.wire import Claim, Refusal, Request, SignedRefusal
 
@@ -78,11 +78,12 @@ def gate(plan: Plan, site: Site) -> Callable[[Sequence[Entry]], None]:
     def allow(entries: Sequence[Entry]) -> None:
         from rin.common.accountant import fits
 
-        policy = site.policy
-        if not fits(rows_of(entries), row_of(plan, site), policy.epsilon, policy.delta):
+        policy, rows = site.policy, rows_of(entries)
+        if not fits(rows, row_of(plan, site), policy.epsilon, policy.delta):
             raise RefusedError(
                 "budget",
-                f"policy.epsilon is {policy.epsilon:g} at delta {policy.delta:g}, and this round would cross it",
+                f"policy.epsilon is {policy.epsilon:g} at delta {policy.delta:g}, and this round would cross it "
+                f"({len(rows)} rounds are debited)",
                 step="look at `rin-client ledger show`; more is a decision of the privacy officer, in site.toml",
             )
 
@@ -165,6 +166,7 @@ def claim(ledger: Ledger, site: Site) -> Claim:
         delta=site.policy.delta,
         mechanism=MECHANISM,
         ledger=entries[-1].head,
+        adopted=sum(isinstance(entry.payload, Adopt) for entry in entries),
     )
 
 

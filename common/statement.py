@@ -21,6 +21,10 @@ NOT_COVERED: Final = (
     "images of patients that are not in training, which nothing here looks at",
 )
 RISK: Final = "whoever holds the sites' updates could reconstruct training images"  # of a plan without it (threat T8)
+ADOPTED: Final = (
+    "a person took that ledger over as it was found, {times} times in all: what was spent before and is not in it is not "
+    "counted, and edited lines count as they are written"
+)
 UNPROTECTED: Final = (
     f"none: trained without differential privacy. {RISK.capitalize()}; "
     "nothing is promised about what these weights reveal of a patient."
@@ -29,10 +33,11 @@ UNPROTECTED: Final = (
 
 def words(claim: Claim) -> str:
     """One site's claim as a sentence; its numbers are not rounded, for that could claim more."""
-    return (
+    text = (
         f"({claim.epsilon}, {claim.delta})-differential privacy for each patient, whatever the number of a "
-        "patient's images, over everything that the site's privacy ledger holds"
+        f"patient's images, over everything that the site's privacy ledger held with its entry {claim.ledger.count}"
     )
+    return f"{text} ({ADOPTED.format(times=claim.adopted)})" if claim.adopted else text
 
 
 def of_update(claim: Claim | None) -> str:

@@ -61,6 +61,7 @@ class Claim(_Wire):
         epsilon: of everything that the site's ledger holds, at `delta`; for one patient added or removed.
         mechanism: see rin.common.chain.MECHANISM.
         ledger: the ledger's head after the debit of this round.
+        adopted: how often a person took the ledger over as it was found (`rin-client ledger adopt`).
     """
 
     unit: Literal["patient"] = "patient"
@@ -69,6 +70,7 @@ class Claim(_Wire):
     mechanism: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
     accountant: Literal["prv"] = "prv"
     ledger: Head
+    adopted: Annotated[int, Field(ge=0)] = 0
 
 
 class Request(_Wire):

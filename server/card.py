@@ -210,11 +210,13 @@ class Card:
             start = f"weights {plan.model.start}{layout}"
         tables: dict[str, Table] = {"network": plan.model, "training": training}
         tables |= {"augment": plan.augment, "strategy": plan.strategy}
+        if plan.privacy.mode == "patient":  # a step has patients there, and no batch size
+            tables |= {"privacy": plan.privacy}
         rows = [
             ("plan", f"{plan.name}, SHA-256 {run.digest}"),
             ("started from", start),
             ("rounds", f"{min(run.number, training.rounds)} of {training.rounds}"),
-            *((name, _inline(table)) for name, table in tables.items()),
+            *((name, _inline(table, private="privacy" in tables)) for name, table in tables.items()),
         ]
         yield _table(("what", "value"), rows)
         if run.measured:
@@ -244,8 +246,9 @@ class Card:
         )
 
 
-def _inline(table: Table) -> str:
-    values = table.model_dump(mode="json", by_alias=True, exclude={"start", "rounds"})
+def _inline(table: Table, *, private: bool) -> str:
+    meaningless = {"start", "rounds", *({"batch_size"} if private else ())}
+    values = table.model_dump(mode="json", by_alias=True, exclude=meaningless)
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 

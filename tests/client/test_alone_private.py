@@ -185,6 +185,17 @@ def test_a_ledger_that_is_not_what_it_was_stops_training_and_says_what_to_do(tmp
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_checkpoint_over_a_ledger_that_a_person_took_over_says_so(tmp_path: Path) -> None:
+    home, data, out = home_of(tmp_path), private_plan(), tmp_path / "out"
+    stop(home, data, out, 6)  # a finished round, and one that is debited
+    home.ledger.unlink()
+    site_ledger(home).adopt("the disk is lost")
+    facts = read_facts(alone.train(home, data, out))
+    assert facts["privacy_sites"]["siteA"]["adopted"] == 1
+    assert "took that ledger over as it was found, 1 times in all" in facts["privacy"]
+
+
+@pytest.mark.usefixtures("tiny")
 def test_a_folder_whose_run_is_not_known_is_not_gone_on_with(tmp_path: Path) -> None:
     home, data, out = home_of(tmp_path), private_plan(), tmp_path / "out"
     stop(home, data, out, 3)

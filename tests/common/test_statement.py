@@ -34,3 +34,10 @@ def test_words_never_round_a_claim_down() -> None:
 
 def test_an_update_says_the_epsilon_that_its_claim_has() -> None:
     assert of_update(CLAIM).startswith("(1.25, 1e-05)-differential privacy for each patient")
+
+
+def test_a_ledger_that_a_person_took_over_is_named() -> None:
+    assert "took that ledger over" not in words(CLAIM) and "its entry 3" in words(CLAIM)
+    said = facts({"siteA": CLAIM.model_copy(update={"adopted": 2})})
+    assert "took that ledger over as it was found, 2 times" in said["privacy"]
+    assert said["privacy_sites"]["siteA"]["adopted"] == 2

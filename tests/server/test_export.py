@@ -25,8 +25,10 @@ from rin.common.keylayouts import CHILDREN
 from rin.common.labels import label_set, label_set_digest
 from rin.common.layout import file_digest
 from rin.common.plan import IMAGE_SIZES, Model, parse_plan
+from rin.server.card import Card, RunData
 from rin.server.export import FORMATS, Source, export, newest
 from rin.server.rundir import RunDir
+from tests.private_consortium import private_plan
 from tests.simulator import TINY, plan_text, small
 
 ROWS = {"siteA": (0, 1, 2), "siteB": (1, 2, 3), "siteC": (0, 1, 2, 3)}
@@ -55,6 +57,16 @@ def checkpoint(path: Path, backbone: str = "resnet18", norm: str = "batch") -> P
     network = initial(Model.model_validate({key.replace("_", "-"): value for key, value in facts.items()}), 5)
     weights.save(path, network, weights.layout_of(network), facts={**facts, "label_set": label_set_digest()})
     return path
+
+
+def test_the_card_of_a_private_run_names_its_mechanism_and_no_batch_size() -> None:
+    for data, private in ((private_plan(), True), (plan_text(["siteA", "siteB", "siteC"]), False)):
+        plan = parse_plan(data)
+        facts = {**checkpoint_facts(plan, plan_digest="0" * 64, round=1, updates={}), "label_set": label_set_digest()}
+        run = RunData(plan, "0" * 64, 1, {"siteA": 1}, {}, {})
+        text = Card(name="w", facts=facts, digest="1" * 64, head=True, files=(), run=run).text()
+        assert ("| privacy | mode patient, sigma 1.0, clip 1.0, patients 6" in text) is private
+        assert ("batch-size" in text) is not private
 
 
 def summary(path: Path, digest: str, task: str = "lesions") -> Path:
