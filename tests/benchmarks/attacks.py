@@ -124,6 +124,11 @@ def print_membership(seen: Sequence[membership.Watched], found: Mapping[str, Map
             auc = f"{result.auc:.3f} ({result.auc_interval[0]:.3f}-{result.auc_interval[1]:.3f})"
             tpr = f"{result.tpr:.3f} ({result.tpr_interval[0]:.3f}-{result.tpr_interval[1]:.3f})"
             print(f"| {trained.name} | {trained.right:.2f} | {attack} | {auc} | {tpr} | {most} |")
+    for trained in seen:
+        wrong, right = membership.found_by_label(trained)
+        print(
+            f"{trained.name}: TPR {wrong:.2f} of wrong labels ({trained.wrong.sum()} patients), {right:.2f} of others"
+        )
     for budget in BUDGETS:
         print(f"epsilon {budget:g}: sigma {membership.mechanism(budget).sigma:.2f}")
 

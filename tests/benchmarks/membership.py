@@ -50,12 +50,14 @@ class Watched:
         name: of the set.
         confidence: (models, rounds, patients), see `confidence`, after every round.
         inside: (models, patients), who was in each training: what the attacker wants to know.
+        wrong: (patients,), whose label is not the true one.
         right: accuracy by the true labels on patients that were not in the training, mean over the models.
     """
 
     name: str
     confidence: Floats
     inside: Coins
+    wrong: Coins
     right: float
 
 
@@ -127,7 +129,7 @@ def watch(name: str, held: Held, true: npt.NDArray[np.int64], budget: float | No
             seen[number, round - 1] = confidence(network, held)
         right.append(accuracy(network, held, true, ~inside[number]))
         log.info("%s: model %d of %d", name, number + 1, models)
-    return Watched(name, seen, inside, float(np.mean(right)))
+    return Watched(name, seen, inside, (held.rows != true)[::IMAGES], float(np.mean(right)))
 
 
 @torch.inference_mode()
@@ -197,6 +199,14 @@ def measured(scores: Floats, inside: Coins) -> Found:
         drawn.append((area(again), at(again)))
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     return Found(area(curve), (low[0], high[0]), at(curve), (low[1], high[1]), curve)
+
+
+def found_by_label(seen: Watched) -> tuple[float, float]:
+    """True positive rates of LiRA on the last weights among patients of wrong and of right labels, at one threshold."""
+    ratios = likelihood_ratios(seen.confidence[:, -1], seen.inside)
+    above = ratios > np.quantile(ratios[~seen.inside], 1 - FPR)
+    wrong, right = (float(above[:, who][seen.inside[:, who]].mean()) for who in (seen.wrong, ~seen.wrong))
+    return wrong, right
 
 
 def allowed(false: Floats, budget: float, delta: float) -> Floats:

@@ -101,6 +101,16 @@ def test_likelihood_ratios_never_look_at_who_was_in_the_attacked_training() -> N
     assert not np.array_equal(one[4], other[4])
 
 
+def test_rates_by_label_share_one_threshold() -> None:
+    scores, inside = shadows(0.0)
+    wrong = np.arange(60) < 20
+    scores += 8.0 * (inside & wrong)
+    seen = membership.Watched("", scores[:, None], inside, wrong, 0.0)
+    found, rest = membership.found_by_label(seen)
+    assert found > 0.95
+    assert rest < 0.1
+
+
 def test_too_few_shadow_models_are_an_error() -> None:
     with pytest.raises(ValueError, match="more models"):
         membership.likelihood_ratios(np.zeros((3, 4)), np.ones((3, 4), bool))
