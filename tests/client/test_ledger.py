@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
 import shutil
 import sqlite3
@@ -18,6 +19,7 @@ from rin.client.home import Home
 from rin.client.ingest.pipeline import ingest
 from rin.client.ingest.pseudonyms import site_pseudonyms
 from rin.client.ledger import Spent, by_run, site_ledger
+from rin.client.ledger_cli import _up
 from rin.common.errors import ConfigError, RinError, StateError
 from rin.common.ledger import Debit, Entry, Head, LedgerError
 
@@ -150,7 +152,28 @@ def test_epsilon_is_that_of_all_runs_together_at_the_strictest_delta(home: Home)
     assert [row["steps"] for row in facts["runs"]] == [200, 100]
     assert max(alone) < facts["epsilon"] < sum(alone)
     text = command(home, "show").output
-    assert f"{facts['epsilon']:.3f} at delta 1e-06" in text and ONE[:8] in text and TWO[:8] in text
+    assert "at delta 1e-06, for one patient" in text and ONE[:8] in text and TWO[:8] in text
+    (said,) = re.findall(r"epsilon so far: (\S+) at", text)
+    assert facts["epsilon"] <= float(said) < facts["epsilon"] + 0.001
+
+
+def test_epsilon_is_said_rounded_up() -> None:
+    assert [_up(each) for each in (1.2340001, 1.234, 0.0, 0.00001)] == ["1.235", "1.234", "0.000", "0.001"]
+
+
+def test_the_sites_ceiling_and_epsilon_at_its_own_delta_are_shown(home: Home) -> None:
+    from rin.common.accountant import Row, epsilon
+
+    spend(home, debit())
+    assert "ceiling: not known" in command(home, "show").output
+    assert json.loads(command(home, "show", "--json").output)["policy"] is None
+    home.site_toml.write_text('site = "siteA"\n[policy]\nepsilon = 4.5\ndelta = 1e-5\n')
+    assert "ceiling: 4.5 at delta 1e-05\n" in command(home, "show").output
+    home.site_toml.write_text('site = "siteA"\n[policy]\nepsilon = 4.5\ndelta = 1e-7\n')
+    assert "ceiling: 4.5 at delta 1e-07, where epsilon so far is " in command(home, "show").output
+    facts = json.loads(command(home, "show", "--json").output)
+    assert facts["delta"] == 1e-5
+    assert facts["policy"] == {"ceiling": 4.5, "delta": 1e-7, "epsilon": epsilon([Row(1.0, 0.01, 100)], 1e-7)}
 
 
 def test_the_head_is_kept_in_a_second_place_and_compared(home: Home, tmp_path: Path) -> None:
@@ -204,6 +227,25 @@ def test_an_edited_ledger_shows_nothing(home: Home) -> None:
     for words in (("show",), ("verify",), ("anchor",)):
         with pytest.raises(LedgerError, match="edited at line 1 or 2"):
             command(home, *words)
+
+
+def test_adopting_an_edited_ledger_says_which_lines_are_not_to_be_trusted(home: Home) -> None:
+    spend(home, debit(), debit(round=2))
+    home.ledger.write_bytes(home.ledger.read_bytes().replace(b'"steps":100', b'"steps":1'))
+    said = command(home, "adopt", "--reason", "bad disk, N. N.").output
+    assert "edited at line 1 or 2" in said and "as they are written" in said and "lower policy.epsilon" in said
+    assert sum(row["steps"] for row in json.loads(command(home, "show", "--json").output)["runs"]) == 2
+
+
+def test_verify_says_it_for_programs_too(home: Home) -> None:
+    head = spend(home, debit()).head
+    said = json.loads(command(home, "verify", "--json", "--anchor", str(head)).output)
+    assert said == {"whole": True, "entries": 1, "head": str(head), "compared": str(head)}
+    home.ledger_anchor.unlink()
+    done = CliRunner().invoke(app, ["ledger", "verify", "--json", "--home", str(home.root)])
+    assert done.exit_code == 1 and isinstance(done.exception, LedgerError)
+    said = json.loads(done.stdout)
+    assert said["whole"] is False and "anchor" in said["fault"] and said["next"]
 
 
 def test_a_folder_that_is_no_home_is_said(tmp_path: Path) -> None:
