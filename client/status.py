@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,8 @@ from rin.client.home import Home
 from rin.client.ingest.catalog import undamaged
 from rin.client.ingest.gone import NEXT
 from rin.client.ingest.report import PATIENTS_UNKNOWN, PATIENTS_WARNING
-from rin.client.site import read_site
+from rin.client.ledger import site_ledger
+from rin.client.site import Policy, read_site
 from rin.common.errors import ConfigError, StateError
 from rin.common.files import lock, read_json
 from rin.common.statement import RISK
@@ -53,7 +55,7 @@ def status(home: Home) -> dict[str, Any]:
         "trainer": trainer,
         "airlock": _airlock(home, agent),
         "protection": _protection(home),
-        "budget": _facts(home.budget) or None,
+        "budget": _budget(home),
         "catalog": catalog,
     }
 
@@ -68,14 +70,59 @@ def _airlock(home: Home, agent: dict[str, Any]) -> str | None:
 
 def _protection(home: Home) -> str | None:
     """What the site's policy says of the protection of its patients, in words."""
-    try:
-        policy = read_site(home).policy
-    except (ConfigError, OSError):
+    policy = _policy(home)
+    if policy is None:
         return None
     if policy.privacy == "required":
         return "required: plans without differential privacy for each patient are refused"
     agreed = f"{policy.none_agreed_by} agreed on {policy.none_agreed_on}"
     return f"not required, as {agreed}: under a plan without differential privacy {RISK}"
+
+
+def _policy(home: Home) -> Policy | None:
+    try:
+        return read_site(home).policy
+    except (ConfigError, OSError):
+        return None
+
+
+def _budget(home: Home) -> dict[str, Any] | None:
+    """What the last private round wrote down, held against ledger and site.toml as they are now.
+
+    The accountant takes seconds to import: epsilon is not computed anew here, but said to be of an earlier entry.
+    """
+    try:
+        if not any(path.exists() for path in (home.budget, home.ledger, home.ledger_anchor)):
+            return None
+        now = site_ledger(home).head.count
+    except StateError as error:
+        return {"fault": error.message, "next": error.step, "stale": True}
+    except OSError:
+        return None
+    shown, policy = _facts(home.budget), _policy(home)
+    if not shown and not now:
+        return None
+    stale = shown.get("entries") != now
+    notes = list(_notes(shown, now, policy))
+    facts = {key: shown.get(key) for key in ("epsilon", "delta", "entries")}
+    facts |= {"ledger_entries": now, "ceiling": policy and policy.epsilon, "stale": stale}
+    if not stale:
+        facts["statement"] = shown.get("statement")
+        if policy and (policy.epsilon, policy.delta) == (shown.get("ceiling"), shown.get("delta")):
+            facts["rounds_left"] = shown.get("rounds_left")
+    return facts | ({"warning": "; ".join(notes), "next": "run `rin-client ledger show`"} if notes else {})
+
+
+def _notes(shown: dict[str, Any], now: int, policy: Policy | None) -> Iterator[str]:
+    """Why what is shown is not what holds now."""
+    if not shown:
+        yield f"epsilon is not known here; entries in the ledger: {now}"
+    elif shown.get("entries") != now:
+        yield f"epsilon is that of entry {shown.get('entries')}, and {now} are in the ledger now"
+    if policy is None:
+        yield "site.toml is missing or wrong, so the ceiling is not known"
+    elif shown and shown.get("delta") != policy.delta:
+        yield f"epsilon is at delta {shown.get('delta')}, site.toml says {policy.delta:g} now"
 
 
 def _held(path: Path) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +13,12 @@ import pytest
 
 from rin.client.home import Home
 from rin.client.ingest.catalog import Catalog
+from rin.client.ingest.pipeline import ingest
 from rin.client.status import status
 from rin.common.errors import StateError
 from rin.common.files import write_json
 from rin.common.statement import RISK
+from tests.client.test_ledger import debit, spend
 
 if TYPE_CHECKING:
     from tests.client.conftest import SmallSite
@@ -72,6 +76,66 @@ def test_what_protects_the_patients_is_said_in_words(small_site: Callable[..., S
     assert status(home)["protection"].startswith("required: ")
     home.site_toml.write_text("site = 5\n")
     assert status(home)["protection"] is None
+
+
+BUDGET = {"epsilon": 1.5, "delta": 1e-6, "entries": 1, "ceiling": 3.0, "rounds_left": 7, "statement": "So it is."}
+POLICY = 'site = "siteA"\n[policy]\n'
+
+
+@pytest.fixture
+def spent(tmp_path: Path) -> Home:
+    """A home with one debit in its ledger, and what its round wrote down for status."""
+    (tmp_path / "archive").mkdir()
+    home = Home(tmp_path / "home")
+    ingest(home, site="siteA", roots=[tmp_path / "archive"], workers=1)
+    home.site_toml.write_text(POLICY)
+    assert status(home)["budget"] is None  # an empty ledger has nothing to say
+    spend(home, debit())
+    write_json(home.budget, BUDGET)
+    return home
+
+
+def test_a_budget_that_is_the_ledgers_is_shown_with_its_sentence(spent: Home) -> None:
+    assert status(spent)["budget"] == BUDGET | {"ledger_entries": 1, "stale": False}
+
+
+def test_a_budget_of_an_earlier_entry_is_said_to_be_one(spent: Home) -> None:
+    spend(spent, debit(round=2))
+    said = status(spent)["budget"]
+    assert said["stale"] and (said["entries"], said["ledger_entries"]) == (1, 2)
+    assert "statement" not in said and "rounds_left" not in said
+    assert "that of entry 1, and 2 are in the ledger now" in said["warning"] and "ledger show" in said["next"]
+    spent.budget.unlink()
+    said = status(spent)["budget"]
+    assert said["stale"] and said["epsilon"] is None and "not known" in said["warning"]
+
+
+def test_ceiling_and_delta_are_those_of_site_toml_now(spent: Home) -> None:
+    spent.site_toml.write_text(f"{POLICY}epsilon = 2.0\n")
+    said = status(spent)["budget"]
+    assert said["ceiling"] == 2.0 and "rounds_left" not in said and "warning" not in said
+    spent.site_toml.write_text(f"{POLICY}delta = 1e-7\n")
+    said = status(spent)["budget"]
+    assert "at delta 1e-06, site.toml says 1e-07 now" in said["warning"] and not said["stale"]
+    spent.site_toml.write_text("site = 5\n")
+    assert status(spent)["budget"]["ceiling"] is None
+
+
+def test_a_broken_ledger_is_said_in_place_of_the_budget(spent: Home) -> None:
+    whole = spent.ledger.read_bytes()
+    for fault, data in (("edited at line 1", whole.replace(b'"steps":100', b'"steps":1')), ("rolled back", b"")):
+        spent.ledger.write_bytes(data)
+        said = status(spent)["budget"]
+        assert fault in said["fault"] and said["next"] and said["stale"] and "statement" not in said
+    spent.ledger.write_bytes(whole)
+    spent.pseudonym_key.unlink()
+    said = status(spent)["budget"]
+    assert "pseudonym" in said["fault"] and "restore" in said["next"]
+
+
+def test_status_imports_no_torch() -> None:
+    code = "import sys, rin.client.status; sys.exit(bool({'torch', 'opacus'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(("halves", "word"), [((True, True), "enforced"), ((True, False), "by convention")])
