@@ -22,8 +22,8 @@ NOT_COVERED: Final = (
 )
 RISK: Final = "whoever holds the sites' updates could reconstruct training images"  # of a plan without it (threat T8)
 ADOPTED: Final = (
-    "a person took that ledger over as it was found, {times} times in all: what was spent before and is not in it is not "
-    "counted, and edited lines count as they are written"
+    "a person took that ledger over as it was found, {times} times in all: what was spent before and is not in it is "
+    "not counted, and edited lines count as they are written"
 )
 UNPROTECTED: Final = (
     f"none: trained without differential privacy. {RISK.capitalize()}; "
