@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from rin.client.home import Home
 from rin.client.ingest.pseudonyms import Pseudonyms, site_pseudonyms
+from rin.common.errors import StateError
 from rin.common.ledger import Debit, Ledger
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ def site_ledger(home: Home) -> Ledger:
     Raises:
         StateError: the key is missing or damaged.
     """
+    if not home.pseudonym_key.exists() and (home.ledger.exists() or home.ledger_anchor.exists()):
+        raise StateError(  # ingest would make another key, and this ledger that of another population
+            "the pseudonym key is missing, and the privacy ledger goes with it",
+            step=f"restore {home.pseudonym_key.name} from its own backup before anything else runs",
+            code="ledger",
+        )
     return _ledger(home, site_pseudonyms(home.pseudonym_key, create=False))
 
 

@@ -28,22 +28,27 @@ Fault = Literal[
     "missing", "no-anchor", "anchor", "unreadable", "edited", "newer", "population", "short", "long", "head"
 ]
 
+# Where the ledger's own commands refuse to print a head: what is there is compared by hand.
+_COMPARE: Final = (
+    "compare its number of lines (`wc -l`) with the head kept in a second place, or with the journal "
+    '(`journalctl | grep "rin privacy ledger"`), then run `rin-client ledger adopt --reason TEXT`'
+)
+
 # What is wrong, and what the operator does. None of it leaves the site: that is the code `ledger`.
 FAULTS: Final[dict[Fault, tuple[str, str]]] = {
     "missing": (
         "the ledger {name} is missing",
-        "restore its newest backup and run `rin-client ledger verify`; a home of an earlier release, which never "
-        "trained privately, gets its ledger from `rin-client ingest`",
+        "restore its newest backup and run `rin-client ledger verify`; where there is none, `rin-client ledger adopt "
+        "--reason TEXT` begins a new one; only where these patients never had a ledger (a home of an earlier release) "
+        "`rin-client ingest` makes it",
     ),
     "no-anchor": (
         "the anchor of the ledger {name} is missing",
-        "restore it from the backup of the keys, or compare `rin-client ledger show` with the head that was kept in a "
-        "second place and run `rin-client ledger adopt --reason TEXT`",
+        f"restore it from the newest backup of the keys; where there is none, look at the ledger: {_COMPARE}",
     ),
     "anchor": (
         "the anchor of the ledger {name} is damaged",
-        "restore it from the backup of the keys, or compare `rin-client ledger show` with the head that was kept in a "
-        "second place and run `rin-client ledger adopt --reason TEXT`",
+        f"restore it from the newest backup of the keys; where there is none, look at the ledger: {_COMPARE}",
     ),
     "unreadable": (
         "the ledger {name} or its anchor cannot be read: {detail}",
@@ -68,8 +73,7 @@ FAULTS: Final[dict[Fault, tuple[str, str]]] = {
     ),
     "long": (
         "the anchor of the ledger {name} was rolled back: it knows {anchored} entries, {found} are there",
-        "compare `rin-client ledger anchor` with the head that was kept in a second place, then run `rin-client ledger "
-        "adopt --reason TEXT`",
+        f"restore the newest backup of the keys; where there is none, look at the ledger: {_COMPARE}",
     ),
     "head": (
         "the ledger {name} does not hold entry {line}, which the coordinator has seen signed",

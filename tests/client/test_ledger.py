@@ -248,6 +248,28 @@ def test_verify_says_it_for_programs_too(home: Home) -> None:
     assert said["whole"] is False and "anchor" in said["fault"] and said["next"]
 
 
+def test_next_steps_name_nothing_that_fails_alike(home: Home) -> None:
+    spend(home, debit())
+    home.ledger_anchor.unlink()
+    with pytest.raises(LedgerError) as caught:
+        command(home, "show")
+    assert "ledger show" not in caught.value.step and "ledger anchor" not in caught.value.step
+    assert "ledger adopt" in caught.value.step and "journal" in caught.value.step
+    assert command(home, "adopt", "--reason", "compared, N. N.").exit_code == 0
+    home.ledger.unlink()
+    with pytest.raises(LedgerError) as caught:
+        command(home, "verify")
+    assert "ledger adopt" in caught.value.step
+    assert command(home, "adopt", "--reason", "no backup, N. N.").exit_code == 0
+
+
+def test_a_key_that_is_gone_from_its_ledger_is_restored_and_not_made_anew(home: Home) -> None:
+    home.pseudonym_key.unlink()
+    with pytest.raises(StateError, match="pseudonym key is missing") as caught:
+        command(home, "show")
+    assert "restore" in caught.value.step and "ingest" not in caught.value.step
+
+
 def test_a_folder_that_is_no_home_is_said(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="pseudonym"):
         command(Home(tmp_path), "show")
