@@ -26,6 +26,7 @@ from tests.benchmarks.patients import Held, Pixels
 BUDGETS: Final = (8.0, 1.0)  # of membership inference; privacy off comes first
 LINES: Final = ("-", "--", ":")
 DPI: Final = 110
+LEAST: Final = 5e-3  # rate where the axes begin: fewer false alarms are too few to count on
 # What the columns of the picture are called, and the rows of the table.
 CAPTIONS: Final = {
     "guess": ("no update:", "mean of other patients", "of the same label"),
@@ -80,7 +81,7 @@ def draw_membership(found: Mapping[str, Mapping[str, membership.Found]], path: P
 
 
 def _curves(axes: Axes, found: Mapping[str, membership.Found]) -> None:
-    false = np.logspace(-3, 0, 300)
+    false = np.logspace(np.log10(LEAST), 0, 300)
     for place, (name, result) in enumerate(found.items()):
         axes.step(*result.curve, where="post", color=COLOURS[place], lw=2, ls=LINES[place], label=name)
         text, at = f"{name}: AUC {result.auc:.2f}", (0.97, 0.17 - 0.055 * place)
@@ -89,7 +90,7 @@ def _curves(axes: Axes, found: Mapping[str, membership.Found]) -> None:
         most, label = membership.accounted(false, budget), f"most that epsilon {budget:g} allows"
         axes.plot(false, most, color=COLOURS[place], lw=1, marker=MARKS[place], markevery=60, ms=4, label=label)
     axes.plot(false, false, color=INK, lw=0.8, ls=(0, (1, 3)), label="chance")
-    axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1.1), xlabel="false positive rate: false alarms")
+    axes.set(xscale="log", yscale="log", xlim=(LEAST, 1), ylim=(LEAST, 1.1), xlabel="false positive rate: false alarms")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
 

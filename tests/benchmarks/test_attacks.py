@@ -74,12 +74,16 @@ def test_likelihood_ratios_see_what_one_threshold_does_not() -> None:
     assert membership.area(membership.rates(ratios, inside)) > 0.88  # 0.92 with the true means
 
 
-def test_likelihood_ratios_find_nothing_where_nothing_is() -> None:
-    areas = []
-    for seed in range(20):
+def test_likelihood_ratios_find_nothing_where_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    areas, intervals = [], []
+    monkeypatch.setattr(membership, "DRAWS", 200)
+    for seed in range(8):
         scores, inside = shadows(0.0, seed)
-        areas.append(membership.area(membership.rates(membership.likelihood_ratios(scores, inside), inside)))
+        found = membership.measured(membership.likelihood_ratios(scores, inside), inside)
+        areas.append(found.auc)
+        intervals.append(found.auc_interval)
     assert abs(np.mean(areas) - 0.5) < 0.02  # their deviation is 0.018 each
+    assert sum(low < 0.5 < high for low, high in intervals) >= 7
 
 
 def test_intervals_hold_what_was_measured_and_narrow_with_more_models() -> None:
