@@ -24,6 +24,7 @@ from rin.common import keys, snapshots
 from rin.common.errors import ConfigError, RefusedError
 from rin.common.events import read_events
 from rin.common.layout import file_digest
+from rin.common.statement import UNPROTECTED
 from rin.common.wire import Manifest, Request, from_bytes
 
 if TYPE_CHECKING:
@@ -75,9 +76,9 @@ def test_the_egress_log_names_what_left_and_nothing_of_a_patient(small_site: Mak
     line = json.loads(site.home.egress_log.read_bytes())
     assert line["sha256"] == done.update
     assert line["metrics"].keys() == {"loss", "top1", "images"}
-    assert line["privacy"] is None
+    assert line["privacy"] is None and line["statement"] == UNPROTECTED
     assert line["scores"] == []  # neither plan nor site asks for figures of validation
-    assert set(line) - {"time", "what", "sha256", "to", "scores", "privacy"} == {
+    assert set(line) - {"time", "what", "sha256", "to", "scores", "privacy", "statement"} == {
         *("manifest", "run", "round", "plan", "bytes", "norm", "metrics")
     }
 
