@@ -192,8 +192,8 @@ def at(curve: tuple[Floats, Floats], false: float = FPR) -> float:
 def measured(scores: Floats, inside: Coins) -> Found:
     """AUC and true positive rate, with intervals by drawing whole models and whole patients anew.
 
-    The scores of a patient in all models lean on the same shadows, so models alone would give too narrow intervals. With
-    no signal at all 98 of 100 of these hold an AUC of 0.5.
+    The scores of a patient in all models lean on the same shadows, so models alone would give too narrow intervals.
+    With no signal at all 98 of 100 of these hold an AUC of 0.5.
     """
     curve, rng = rates(scores, inside), np.random.default_rng(0)
     models, patients = scores.shape
